@@ -1,0 +1,568 @@
+"""The one door to PostgreSQL.
+
+:class:`Engine` is a Piccolo ``PostgresEngine``, so it is what ``piccolo_conf.DB`` holds: Piccolo's queries, its
+migrations, Piccolo Admin and kitrocket's services share one pool and one transaction. Beyond Piccolo's engine it
+does not connect when constructed, speaks UTC on every connection, survives cancellation, nests transactions as
+savepoints, and runs any query on itself whatever ``piccolo_conf`` names (:meth:`Engine.run`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, TypeVar
+
+import anyio
+import asyncpg
+from piccolo.engine.postgres import PostgresEngine, PostgresTransaction
+from piccolo.query.base import Query
+from piccolo.querystring import QueryString
+from pydantic import SecretStr
+
+from kitrocket.driver_errors import Fault, fault_of, translated
+from kitrocket.dsn import connection_arguments, is_transaction_pooler
+from kitrocket.embedded import EmbeddedServer
+from kitrocket.errors import ConfigurationError, DatabaseUnavailableError, TransactionError
+from kitrocket.settings import Settings
+
+T = TypeVar("T")
+
+#: How long the end of a transaction and the closing of a pool may take, in seconds, before the connection is cut.
+_END_LIMIT = 5.0
+
+
+async def _no_reset(_connection: object) -> None:
+    """Reset nothing: no SET, LISTEN or session lock ever stays on a pooled connection, and a round trip is saved."""
+
+
+class Transaction(PostgresTransaction):
+    """A transaction that gives its connection back whatever happens, and nests as a savepoint.
+
+    It belongs to the task that entered it. Used from a child task it raises :class:`TransactionError`, since a
+    connection runs one statement at a time.
+    """
+
+    __slots__ = ("_depth", "closed", "owner")
+
+    engine: Engine
+    _parent: Transaction | None
+
+    def __init__(self, engine: Engine, allow_nested: bool = True) -> None:
+        super().__init__(engine, allow_nested)
+        self.closed = False
+        self.owner: asyncio.Task[Any] | None = None
+        self._depth = 0
+
+    async def __aenter__(self) -> Transaction:
+        self.owner = asyncio.current_task()
+        self._parent = self.engine.current_transaction.get()
+        self._depth = self._parent._depth + 1 if self._parent else 0
+        self.connection = self._parent.connection if self._parent else await self.engine.acquire()
+        try:
+            await self.begin()
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self._give_back()
+            if isinstance(error, Exception):
+                raise translated(error) from error
+            raise
+        self.engine.current_transaction.set(self)
+        return self
+
+    async def begin(self) -> None:
+        await self.connection.execute(f"SAVEPOINT {self._savepoint}" if self._parent else "BEGIN")
+
+    async def commit(self) -> None:
+        """Commit, or release the savepoint.
+
+        PostgreSQL answers the COMMIT of a failed transaction with a ROLLBACK and no error; that raises
+        :class:`TransactionError` here, lest a lost write pass for a stored one.
+        """
+        if self._parent:
+            await self.connection.execute(f"RELEASE SAVEPOINT {self._savepoint}")
+        elif await self.connection.execute("COMMIT") == "ROLLBACK":
+            raise TransactionError("a statement of this transaction had failed, so nothing was committed")
+        self._committed = True
+
+    async def rollback(self) -> None:
+        if self._parent:
+            await self.connection.execute(f"ROLLBACK TO SAVEPOINT {self._savepoint}")
+            await self.connection.execute(f"RELEASE SAVEPOINT {self._savepoint}")
+        else:
+            await self.connection.execute("ROLLBACK")
+        self._rolled_back = True
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exception: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        try:
+            with anyio.move_on_after(_END_LIMIT, shield=True) as limit:
+                await self._end(failed=exception is not None)
+            if limit.cancelled_caught:
+                self.connection.terminate()
+                if exception is None:
+                    raise DatabaseUnavailableError("COMMIT was not answered; whether the transaction counts is unknown")
+        finally:
+            self.closed = True
+            self.engine.current_transaction.set(self._parent)
+            with anyio.CancelScope(shield=True):
+                await self._give_back()
+        return False
+
+    async def _end(self, *, failed: bool) -> None:
+        if self._committed or self._rolled_back:
+            return
+        if failed:
+            # When the server is gone the rollback fails too, and must not hide the error that came first.
+            with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                await self.rollback()
+            return
+        try:
+            await self.commit()
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
+            if self._parent:
+                with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                    await self.rollback()
+            raise translated(error) from error
+
+    async def _give_back(self) -> None:
+        if self._parent is None:
+            await self.engine.give_back(self.connection)
+
+    @property
+    def _savepoint(self) -> str:
+        return f"kitrocket_{self._depth}"
+
+
+class _CurrentTransaction:
+    """The transaction of the running task: nothing once it is closed, an error in a task that does not own it."""
+
+    def __init__(self) -> None:
+        self._variable: ContextVar[Transaction | None] = ContextVar("kitrocket_current_transaction", default=None)
+
+    def get(self) -> Transaction | None:
+        transaction = self._variable.get()
+        while transaction is not None and transaction.closed:
+            transaction = transaction._parent
+        if transaction is not None and transaction.owner is not asyncio.current_task():
+            raise TransactionError(
+                "this task was started inside a transaction of another task; start child tasks outside of it "
+                "(asyncio.wait_for before Python 3.12 and Starlette's BaseHTTPMiddleware start one too)"
+            )
+        return transaction
+
+    def set(self, transaction: Transaction | None) -> None:
+        self._variable.set(transaction)
+
+
+class HeldConnection:
+    """One connection of its own, kept for a hot statement; it reconnects after it was lost.
+
+    One statement at a time: the caller takes turns.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
+        self._prepared: dict[str, asyncpg.prepared_stmt.PreparedStatement[asyncpg.Record]] = {}
+
+    async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Run a statement, prepared once per connection. Raises as :meth:`Engine.fetch`."""
+        try:
+            if self._connection is None or self._connection.is_closed():
+                self._prepared.clear()
+                self._connection = await self._engine.get_new_connection()
+            if self._engine.pooler:
+                return await self._connection.fetch(sql, *arguments)
+            prepared = self._prepared.get(sql)
+            if prepared is None:
+                prepared = self._prepared[sql] = await self._connection.prepare(sql)
+            return await prepared.fetch(*arguments)
+        except asyncpg.InvalidCachedStatementError as error:
+            self._prepared.clear()
+            raise translated(error) from error
+        except Exception as error:
+            raise translated(error) from error
+
+    async def aclose(self) -> None:
+        """Close the connection; it opens again when used."""
+        connection, self._connection = self._connection, None
+        self._prepared.clear()
+        if connection is not None:
+            with anyio.move_on_after(_END_LIMIT, shield=True) as limit:
+                await connection.close()
+            if limit.cancelled_caught:
+                connection.terminate()
+
+
+class Engine(PostgresEngine):
+    """PostgreSQL, pooled.
+
+    ``url`` is a ``postgres://`` URL; its ``sslmode`` and ``sslrootcert`` are honoured, and a host that is not local
+    is spoken to over verified TLS unless the URL says otherwise. Without a URL the settings of the environment
+    (``DATABASE_URL``, …) decide when the engine first connects, and without one there, ``embedded`` does: a real
+    PostgreSQL started on first use.
+
+    ``pooler`` says that PgBouncer or Supavisor in transaction mode stands before PostgreSQL (default: the URL's port is 6543); migrations and LISTEN then need ``direct_url``. ``replicas`` are read-only copies by name:
+    ``engine.run(query, node="…")``. ``pool_size`` is the largest number of pooled connections; ``acquire_timeout``
+    the longest wait for one; ``command_timeout`` the longest a statement may take.
+
+    Constructing an engine does no input or output.
+    """
+
+    def __init__(
+        self,
+        url: str | SecretStr | None = None,
+        *,
+        direct_url: str | SecretStr | None = None,
+        pooler: bool | None = None,
+        replicas: Mapping[str, str | SecretStr] | None = None,
+        pool_size: int = 10,
+        acquire_timeout: timedelta = timedelta(seconds=10),
+        command_timeout: timedelta = timedelta(seconds=60),
+        embedded: EmbeddedServer | None = None,
+        log_queries: bool = False,
+        log_responses: bool = False,
+    ) -> None:
+        self._url = _text(url)
+        self._direct_url = _text(direct_url)
+        self._from_environment = url is None and embedded is None
+        self._pooler = pooler
+        self._pool_size = pool_size
+        self._acquire_timeout = acquire_timeout.total_seconds()
+        self._command_timeout = command_timeout.total_seconds()
+        self._embedded = embedded
+        self._opened = 0
+        self._opening = anyio.Lock()
+        self._pool_loop: asyncio.AbstractEventLoop | None = None
+        super().__init__(
+            config={},
+            log_queries=log_queries,
+            log_responses=log_responses,
+            extra_nodes={name: self._replica(replica) for name, replica in (replicas or {}).items()},
+        )
+        self.current_transaction = _CurrentTransaction()  # type: ignore[assignment]  # a ContextVar that knows its owner
+
+    def _replica(self, url: str | SecretStr) -> Engine:
+        return Engine(
+            url,
+            pooler=self._pooler,
+            pool_size=self._pool_size,
+            acquire_timeout=timedelta(seconds=self._acquire_timeout),
+            command_timeout=timedelta(seconds=self._command_timeout),
+        )
+
+    async def check_version(self) -> None:
+        """Do nothing: Piccolo's engine connects here, when constructed."""
+
+    async def prep_database(self) -> None:
+        """Do nothing: Piccolo's engine connects here, when constructed."""
+
+    # -- opening and closing ------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Start the pools of this engine and its replicas. Each ``open`` wants its ``close``; the last one closes.
+
+        Raises :class:`DatabaseUnavailableError` when PostgreSQL cannot be reached, :class:`ConfigurationError` when
+        the pool is open in another event loop.
+        """
+        async with self._opening:
+            if self._opened and self._pool_loop is not asyncio.get_running_loop():
+                raise ConfigurationError("this engine is open in another event loop; give each loop an engine of its own")
+            if self._opened == 0:
+                await self._start()
+            self._opened += 1
+
+    async def close(self) -> None:
+        """Close what the last remaining :meth:`open` started; connections still in use after 5 s are cut."""
+        async with self._opening:
+            if self._opened == 0:
+                return
+            self._opened -= 1
+            if self._opened == 0:
+                await self._stop()
+
+    async def __aenter__(self) -> Engine:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.close()
+
+    async def start_connection_pool(self, **_kwargs: Any) -> None:
+        """Open the engine: Piccolo's name for :meth:`open`."""
+        await self.open()
+
+    async def close_connection_pool(self) -> None:
+        """Close the engine: Piccolo's name for :meth:`close`."""
+        await self.close()
+
+    async def _start(self) -> None:
+        self._pool_loop = asyncio.get_running_loop()
+        try:
+            arguments = await self._arguments()
+            self.pool = await asyncpg.create_pool(
+                **arguments, min_size=1, max_size=self._pool_size, reset=_no_reset
+            )
+            for replica in self.extra_nodes.values():
+                await replica.start_connection_pool()
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self._stop()
+            if isinstance(error, Exception):
+                raise translated(error) from error
+            raise
+
+    async def _stop(self) -> None:
+        for replica in self.extra_nodes.values():
+            if replica.pool is not None:
+                await replica.close_connection_pool()
+        pool, self.pool = self.pool, None
+        if pool is not None:
+            with anyio.move_on_after(_END_LIMIT, shield=True) as limit:
+                await pool.close()
+            if limit.cancelled_caught:
+                pool.terminate()
+        if self._embedded is not None:
+            await self._embedded.arelease()
+
+    async def _arguments(self, *, direct: bool = False) -> dict[str, Any]:
+        """What asyncpg needs in order to connect; starts the embedded server when there is no URL."""
+        if self._from_environment:
+            self._read_environment(Settings())
+        url = self._direct_url if direct and self._direct_url else self._url
+        if url is not None:
+            if direct and self.pooler and self._direct_url is None:
+                raise ConfigurationError(
+                    "DATABASE_URL leads to a pooler in transaction mode; migrations, locks and LISTEN need a direct "
+                    "connection: set DATABASE_DIRECT_URL"
+                )
+            arguments = connection_arguments(url, pooler=self.pooler and not direct)
+        else:
+            if self._embedded is None:
+                raise ConfigurationError("there is neither a URL nor an embedded server")
+            address = await self._embedded.astart()
+            arguments = connection_arguments(None, pooler=False) | address.dsn_kwargs()
+        return arguments | {"command_timeout": self._command_timeout, "timeout": self._acquire_timeout}
+
+    def _read_environment(self, settings: Settings) -> None:
+        self._url = _text(settings.database_url)
+        self._direct_url = _text(settings.database_direct_url)
+        self._pooler = settings.database_pooler
+        if self.pool is None:
+            self._pool_size = settings.database_pool_size
+            self.extra_nodes = {name: self._replica(url) for name, url in settings.database_replicas.items()}
+        if self._url is None and self._embedded is None:
+            self._embedded = EmbeddedServer(settings.data_dir, bin_dir=settings.pg_bin, account=settings.pg_account)
+
+    @property
+    def pooler(self) -> bool:
+        """Whether a pooler in transaction mode stands before PostgreSQL."""
+        return self._pooler if self._pooler is not None else is_transaction_pooler(self._url)
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether this engine runs, or would run, on the embedded server; known once it has connected."""
+        return self._url is None and self._embedded is not None
+
+    @property
+    def embedded(self) -> EmbeddedServer | None:
+        """The embedded server this engine starts, if it is on one."""
+        return self._embedded if self._url is None else None
+
+    # -- connections --------------------------------------------------------------------------------------------
+
+    async def acquire(self) -> Any:
+        """Take a connection from the pool, or make one when the engine is not open. Hand it to :meth:`give_back`."""
+        try:
+            if self.pool is None:
+                return await self.get_new_connection()
+            if self._pool_loop is not asyncio.get_running_loop():
+                raise ConfigurationError("this engine is open in another event loop; give each loop an engine of its own")
+            return await self.pool.acquire(timeout=self._acquire_timeout)
+        except TimeoutError as error:
+            raise DatabaseUnavailableError(f"no connection came free within {self._acquire_timeout:g} s") from error
+        except Exception as error:
+            raise translated(error) from error
+
+    async def give_back(self, connection: Any) -> None:
+        """Return what :meth:`acquire` gave. A connection that cannot be cleaned is cut; the pool makes a new one."""
+        if isinstance(connection, asyncpg.pool.PoolConnectionProxy):
+            holder = connection._holder
+            with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
+                await holder._pool.release(connection, timeout=_END_LIMIT)
+        elif not connection.is_closed():
+            with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                await connection.close(timeout=_END_LIMIT)
+
+    async def get_new_connection(self) -> Any:
+        """Return a connection outside the pool; the caller closes it."""
+        return await asyncpg.connect(**await self._arguments())
+
+    @asynccontextmanager
+    async def direct(self) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+        """A connection of its own past any pooler, for session locks, LISTEN and migrations.
+
+        Raises :class:`ConfigurationError` behind a pooler without ``direct_url``.
+        """
+        try:
+            connection = await asyncpg.connect(**await self._arguments(direct=True))
+        except Exception as error:
+            raise translated(error) from error
+        try:
+            yield connection
+        finally:
+            with anyio.move_on_after(_END_LIMIT, shield=True) as limit:
+                await connection.close()
+            if limit.cancelled_caught:
+                connection.terminate()
+
+    def hold(self) -> HeldConnection:
+        """A connection of its own for a hot statement; it connects on first use. Close it with ``aclose``."""
+        return HeldConnection(self)
+
+    # -- queries ------------------------------------------------------------------------------------------------
+
+    def transaction(self, allow_nested: bool = True) -> Transaction:
+        """``async with engine.transaction():`` everything in it that runs on this engine commits together.
+
+        Inside another one it is a savepoint. It is safe under cancellation, and belongs to its task.
+        """
+        return Transaction(self, allow_nested)
+
+    def in_transaction(self) -> bool:
+        """Whether the running task is inside a transaction of this engine."""
+        return self.current_transaction.get() is not None
+
+    async def fetch(self, sql: str, *arguments: Any, node: str | None = None) -> list[asyncpg.Record]:
+        """Run a statement with ``$1`` parameters and return its rows.
+
+        On the connection of the current transaction if there is one, else on one of the pool. ``node`` names a
+        replica, which leaves the transaction. Raises kitrocket's errors for constraints and lost connections, the
+        driver's, without its DETAIL, for the rest.
+        """
+        if node is not None:
+            return await self._node(node).fetch(sql, *arguments)
+        try:
+            transaction = self.current_transaction.get()
+            if transaction is not None:
+                return await transaction.connection.fetch(sql, *arguments)  # type: ignore[no-any-return]  # Piccolo's is untyped
+            connection = await self.acquire()
+            try:
+                return await connection.fetch(sql, *arguments)  # type: ignore[no-any-return]  # as above
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self.give_back(connection)
+        except Exception as error:
+            raise translated(error) from error
+
+    async def fetchrow(self, sql: str, *arguments: Any, node: str | None = None) -> asyncpg.Record | None:
+        """Run a statement that gives at most one row, and return it. See :meth:`fetch`."""
+        rows = await self.fetch(sql, *arguments, node=node)
+        return rows[0] if rows else None
+
+    async def fetchval(self, sql: str, *arguments: Any, node: str | None = None) -> Any:
+        """Run a statement and return the first column of its first row, or ``None``. See :meth:`fetch`."""
+        row = await self.fetchrow(sql, *arguments, node=node)
+        return None if row is None else row[0]
+
+    async def run(self, query: Query[Any, Any], *, node: str | None = None) -> Any:
+        """Run a Piccolo query on this engine, whatever ``piccolo_conf`` names. Raises as :meth:`fetch`."""
+        choose_conf()
+        results: list[Any] = []
+        for querystring in query.querystrings:
+            template, arguments = querystring.compile_string(engine_type=self.engine_type)
+            results.append(await query._process_results(await self.fetch(template, *arguments, node=node)))
+        return results[0] if len(results) == 1 else results
+
+    async def retry(
+        self,
+        unit: Callable[[], Awaitable[T]],
+        *,
+        idempotent: bool = False,
+        attempts: int = 5,
+        deadline: timedelta = timedelta(seconds=30),
+    ) -> T:
+        """Run ``unit`` and run it again, jittered, when that is safe.
+
+        Safe is what was rolled back for certain (serialization failure, deadlock: at most ``attempts`` times) and
+        what never reached the server (until ``deadline``). ``idempotent`` says that the unit is safe by keys of its own,
+        so that it may also be repeated when its outcome is unknown. Inside a transaction it runs once: only the whole
+        transaction can be repeated.
+        """
+        if self.in_transaction():
+            return await unit()
+        # A pool can hand out as many dead connections as it holds, and each costs an attempt.
+        budget = {Fault.ROLLED_BACK: attempts, Fault.UNKNOWN: attempts + self._pool_size}
+        give_up_at = anyio.current_time() + deadline.total_seconds()
+        pause = 0.01
+        while True:
+            try:
+                return await unit()
+            except Exception as error:
+                fault = fault_of(error)
+                if fault is Fault.NEVER or (fault is Fault.UNKNOWN and not idempotent):
+                    raise
+                if fault in budget:
+                    budget[fault] -= 1
+                    if budget[fault] <= 0:
+                        raise
+                if anyio.current_time() >= give_up_at:
+                    raise
+            await anyio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - jitter is no secret
+            pause = min(pause * 2, 1.0)
+
+    async def run_querystring(self, querystring: QueryString, in_pool: bool = True) -> Any:
+        """Piccolo's door: one query on the transaction's connection, else on the pool's; the driver's errors as they are."""
+        template, arguments = querystring.compile_string(engine_type=self.engine_type)
+        return await self._run_plain(template, arguments)
+
+    async def run_ddl(self, ddl: str, in_pool: bool = True) -> Any:
+        """Piccolo's door for DDL."""
+        return await self._run_plain(ddl, [])
+
+    async def _run_plain(self, sql: str, arguments: Sequence[Any]) -> Any:
+        query_id = self.get_query_id()
+        if self.log_queries:
+            self.print_query(query_id=query_id, query=sql)
+        transaction = self.current_transaction.get()
+        connection = transaction.connection if transaction is not None else await self.acquire()
+        try:
+            response = await connection.fetch(sql, *arguments)
+        finally:
+            if transaction is None:
+                with anyio.CancelScope(shield=True):
+                    await self.give_back(connection)
+        if self.log_responses:
+            self.print_response(query_id=query_id, response=response)
+        return response
+
+    def _node(self, name: str) -> Engine:
+        replica = self.extra_nodes.get(name)
+        if not isinstance(replica, Engine):
+            raise ConfigurationError(f"there is no replica named {name!r}; there are: {sorted(self.extra_nodes)}")
+        return replica
+
+
+def choose_conf() -> str:
+    """Settle which ``piccolo_conf`` module this process uses, and return its name.
+
+    The module that ``PICCOLO_CONF`` names, else an importable ``piccolo_conf``, else ``kitrocket.conf``. Piccolo reads the
+    choice from the environment alone, so that is where it is left.
+    """
+    if not os.environ.get("PICCOLO_CONF"):
+        found = importlib.util.find_spec("piccolo_conf") is not None
+        os.environ["PICCOLO_CONF"] = "piccolo_conf" if found else "kitrocket.conf"
+    return os.environ["PICCOLO_CONF"]
+
+
+def _text(url: str | SecretStr | None) -> str | None:
+    return url.get_secret_value() if isinstance(url, SecretStr) else url

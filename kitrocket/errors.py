@@ -1,0 +1,223 @@
+"""Every error kitrocket raises on purpose.
+
+An error carries its data as attributes. No token, secret, e-mail address or payload stands in a message, a
+repr or a log: where the data is secret, the attribute is left out too.
+
+* KitRocketError
+  + InvalidInputError (also a ValueError)
+  + ConfigurationError
+  + UserNotFoundError
+  + EmailTakenError
+  + AccountTakenError
+  + LastAccountError
+  + SubscriptionConflictError
+  + UsageConflictError
+  + WindowNotExactError
+  + WebhookNotFoundError
+  + WebhookError
+    - WebhookVerificationError
+    - WebhookPayloadError
+    - WebhookTooLargeError
+    - WebhookNotConfiguredError
+  + DatabaseError
+    - DatabaseUnavailableError
+    - TransactionError
+    - SchemaNotMigratedError
+    - SchemaMismatchError
+    - MigrationError
+    - EmbeddedServerError
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+
+class KitRocketError(Exception):
+    """The root of every error that kitrocket raises on purpose."""
+
+
+class InvalidInputError(KitRocketError, ValueError):
+    """A value handed to a public method or an endpoint cannot be used; nothing was changed.
+
+    ``field`` names the argument, ``problem`` says what is wrong and ``expected`` what would be right. The value
+    itself is left out: it may be a secret.
+    """
+
+    def __init__(self, field: str, problem: str, expected: str) -> None:
+        super().__init__(field, problem, expected)
+        self.field = field
+        self.problem = problem
+        self.expected = expected
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}; expected {self.expected}"
+
+
+class ConfigurationError(KitRocketError):
+    """A setting is missing or contradicts another; the message names the setting and the cure."""
+
+
+class UserNotFoundError(KitRocketError):
+    """A write, an export or a deletion names a user that does not exist."""
+
+    def __init__(self, user_id: str | None = None) -> None:
+        super().__init__(user_id)
+        self.user_id = user_id
+
+    def __str__(self) -> str:
+        return "no such user" if self.user_id is None else f"no user with the id {self.user_id!r}"
+
+
+class EmailTakenError(KitRocketError):
+    """Another user already has this e-mail address (letter case does not count)."""
+
+    def __str__(self) -> str:
+        return "another user already has this e-mail address"
+
+
+class AccountTakenError(KitRocketError):
+    """This identity at the provider already belongs to a user: another one, or this one under another account."""
+
+    def __str__(self) -> str:
+        return "this provider account already belongs to a user"
+
+
+class LastAccountError(KitRocketError):
+    """Unlinking this account would leave the user without a way to sign in."""
+
+    def __init__(self, user_id: str, account_id: str) -> None:
+        super().__init__(user_id, account_id)
+        self.user_id = user_id
+        self.account_id = account_id
+
+    def __str__(self) -> str:
+        return f"account {self.account_id!r} is the last way in of user {self.user_id!r}"
+
+
+class SubscriptionConflictError(KitRocketError):
+    """Another writer holds a live subscription row for this user."""
+
+    def __str__(self) -> str:
+        return "the user already has a live subscription row"
+
+
+class UsageConflictError(KitRocketError):
+    """A usage id was used before for another user, model or number of tokens; nothing was recorded."""
+
+    def __init__(self, usage_id: str) -> None:
+        super().__init__(usage_id)
+        self.usage_id = usage_id
+
+    def __str__(self) -> str:
+        return f"usage id {self.usage_id!r} is already recorded with another user, model or token count"
+
+
+class WindowNotExactError(KitRocketError):
+    """The window begins or ends inside days whose single rows were pruned."""
+
+    def __init__(self, nearest_since: datetime | None, nearest_until: datetime | None) -> None:
+        super().__init__(nearest_since, nearest_until)
+        self.nearest_since = nearest_since
+        self.nearest_until = nearest_until
+
+    def __str__(self) -> str:
+        return f"the exact window nearest to this one is {self.nearest_since} to {self.nearest_until}"
+
+
+class WebhookNotFoundError(KitRocketError):
+    """No stored webhook has this id."""
+
+    def __init__(self, webhook_id: str) -> None:
+        super().__init__(webhook_id)
+        self.webhook_id = webhook_id
+
+    def __str__(self) -> str:
+        return f"no stored webhook with the id {self.webhook_id!r}"
+
+
+class WebhookError(KitRocketError):
+    """A webhook delivery was refused and nothing was stored.
+
+    ``reason`` is a short code such as ``"bad_signature"``. No header, key or body text is kept.
+    """
+
+    #: What an HTTP endpoint answers.
+    status_code = 400
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"webhook refused: {self.reason}"
+
+
+class WebhookVerificationError(WebhookError):
+    """A header is missing or malformed, the time is out of tolerance, or no signature matches."""
+
+    status_code = 401
+
+
+class WebhookPayloadError(WebhookError):
+    """The body is not UTF-8, not JSON, or not an event."""
+
+    status_code = 400
+
+
+class WebhookTooLargeError(WebhookError):
+    """The body is larger than ``webhook_max_bytes``."""
+
+    status_code = 413
+
+
+class WebhookNotConfiguredError(WebhookError):
+    """No webhook key is configured, so nothing can be verified; the provider retries."""
+
+    status_code = 503
+
+
+class DatabaseError(KitRocketError):
+    """The root of what is wrong with the database rather than with the call."""
+
+
+class DatabaseUnavailableError(DatabaseError):
+    """PostgreSQL could not be reached, or did not answer in time. Its cause is the driver's error."""
+
+
+class TransactionError(DatabaseError):
+    """A transaction was used in a way that cannot work, such as from a child task or after its end."""
+
+
+class SchemaNotMigratedError(DatabaseError):
+    """The database lacks migrations of this version; the message names the command to run."""
+
+    def __init__(self, pending: Sequence[str]) -> None:
+        super().__init__(tuple(pending))
+        self.pending = tuple(pending)
+
+    def __str__(self) -> str:
+        return (
+            f"the database lacks {len(self.pending)} migration(s) of kitrocket; "
+            "run `kitrocket db migrate` (or `piccolo migrations forwards kitrocket`)"
+        )
+
+
+class SchemaMismatchError(DatabaseError):
+    """The database's tables are not what they should be; ``differences`` says where, a line each."""
+
+    def __init__(self, differences: Sequence[str]) -> None:
+        super().__init__(tuple(differences))
+        self.differences = tuple(differences)
+
+    def __str__(self) -> str:
+        return "the database differs from the schema:\n" + "\n".join(f"  - {line}" for line in self.differences)
+
+
+class MigrationError(DatabaseError):
+    """A migration failed; the message names it and its cause is the error."""
+
+
+class EmbeddedServerError(DatabaseError):
+    """The embedded PostgreSQL cannot be started, shared or stopped; the message says how to cure it."""

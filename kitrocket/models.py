@@ -1,0 +1,175 @@
+"""The frozen values that services return. None of them carries a secret: no token, no password hash.
+
+Every datetime is timezone-aware, in UTC.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+#: What became of a webhook delivery.
+WebhookOutcome = Literal["applied", "duplicate", "stale", "parked", "ignored"]
+
+
+class Value(BaseModel):
+    """A frozen model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class User(Value):
+    """A user of the application."""
+
+    id: str
+    email: str
+    name: str
+    email_verified: AwareDatetime | None
+    avatar: str | None
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
+
+
+class Account(Value):
+    """A way in: an identity at a provider, or ``provider="credential"`` for e-mail and password."""
+
+    id: str
+    user_id: str
+    provider: str
+    provider_account_id: str
+    expires_at: AwareDatetime | None
+    has_password: bool
+    created_at: AwareDatetime
+
+
+class Session(Value):
+    """A session, live when it was read. ``seen_at`` is a lower bound of the last time it was used."""
+
+    id: str
+    user_id: str
+    expires_at: AwareDatetime
+    created_at: AwareDatetime
+    seen_at: AwareDatetime
+    ip_address: str | None
+    user_agent: str | None
+    is_current: bool = False
+
+
+class SessionWithUser(Value):
+    """A live session and its user. ``refreshed`` says that the expiry moved: send the cookie again."""
+
+    session: Session
+    user: User
+    refreshed: bool = False
+
+
+class IssuedSession(Value):
+    """A new session with its token, which is shown this once and cannot be read again."""
+
+    session: Session
+    token: str = Field(repr=False)
+
+
+class SweepResult(Value):
+    """What a sweep deleted. ``more`` says that it stopped at its limit or budget with rows left."""
+
+    deleted: int
+    batches: int
+    more: bool
+
+
+class Subscription(Value):
+    """A user's subscription as the application sees it."""
+
+    id: str
+    user_id: str
+    plan: str
+    status: str
+    dodo_customer_id: str | None
+    dodo_subscription_id: str | None
+    current_period_end: AwareDatetime | None
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
+
+
+class UserWithSubscription(Value):
+    """A user with the subscription that ``subscriptions.get`` would choose."""
+
+    user: User
+    subscription: Subscription | None
+
+
+class Access(Value):
+    """Whether a user may use what a plan pays for, until when, and why."""
+
+    allowed: bool
+    plan: str | None
+    status: str | None
+    until: AwareDatetime | None
+    reason: str
+
+
+class WebhookReceipt(Value):
+    """What became of a webhook delivery that was stored."""
+
+    webhook_id: str
+    type: str
+    outcome: WebhookOutcome
+
+
+class UsageRecord(Value):
+    """One AI call, committed. ``duplicate`` says that its id had been recorded before."""
+
+    id: str
+    user_id: str
+    tokens: int
+    model: str
+    at: AwareDatetime
+    duplicate: bool
+
+
+class RecordedUsage(Value):
+    """How many rows of a ``record_many`` call were new and how many had been recorded before."""
+
+    inserted: int
+    duplicates: int
+
+
+class UsageBucket(Value):
+    """Tokens and calls of one hour, day or month (``start`` to ``end``), or of one model in the whole window."""
+
+    start: AwareDatetime
+    end: AwareDatetime | None
+    model: str | None
+    tokens: int
+    calls: int
+
+
+class DeletedUser(Value):
+    """How many rows went with a deleted user."""
+
+    user_id: str
+    sessions: int
+    accounts: int
+    subscriptions: int
+    usage: int
+
+
+__all__ = [
+    "Access",
+    "Account",
+    "DeletedUser",
+    "IssuedSession",
+    "RecordedUsage",
+    "Session",
+    "SessionWithUser",
+    "Subscription",
+    "SweepResult",
+    "UsageBucket",
+    "UsageRecord",
+    "User",
+    "UserWithSubscription",
+    "WebhookOutcome",
+    "WebhookReceipt",
+]

