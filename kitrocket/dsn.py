@@ -18,8 +18,8 @@ def is_transaction_pooler(url: str | None) -> bool:
 def connection_arguments(url: str | None, *, pooler: bool) -> dict[str, Any]:
     """Return asyncpg's keyword arguments: UTC on every connection, no statement cache behind a pooler, verified TLS.
 
-    ``sslmode`` and ``sslrootcert`` in the URL decide about TLS. Without them a host that is not local must offer TLS with
-    a certificate that the system trusts.
+    ``sslmode`` and ``sslrootcert`` in the URL decide about TLS. Without them a host that is not local must offer TLS
+    with a certificate that the system trusts.
     """
     arguments: dict[str, Any] = {"server_settings": {"timezone": "UTC", "application_name": "kitrocket"}}
     if pooler:

@@ -210,12 +210,15 @@ class Engine(PostgresEngine):
     (``DATABASE_URL``, …) decide when the engine first connects, and without one there, ``embedded`` does: a real
     PostgreSQL started on first use.
 
-    ``pooler`` says that PgBouncer or Supavisor in transaction mode stands before PostgreSQL (default: the URL's port is 6543); migrations and LISTEN then need ``direct_url``. ``replicas`` are read-only copies by name:
+    ``pooler`` says that PgBouncer or Supavisor in transaction mode stands before PostgreSQL (default: the URL's port is
+    6543); migrations and LISTEN then need ``direct_url``. ``replicas`` are read-only copies by name:
     ``engine.run(query, node="…")``. ``pool_size`` is the largest number of pooled connections; ``acquire_timeout``
     the longest wait for one; ``command_timeout`` the longest a statement may take.
 
     Constructing an engine does no input or output.
     """
+
+    current_transaction: _CurrentTransaction  # type: ignore[assignment]  # a ContextVar that knows its owner
 
     def __init__(
         self,
@@ -248,7 +251,7 @@ class Engine(PostgresEngine):
             log_responses=log_responses,
             extra_nodes={name: self._replica(replica) for name, replica in (replicas or {}).items()},
         )
-        self.current_transaction = _CurrentTransaction()  # type: ignore[assignment]  # a ContextVar that knows its owner
+        self.current_transaction = _CurrentTransaction()
 
     def _replica(self, url: str | SecretStr) -> Engine:
         return Engine(
@@ -275,7 +278,9 @@ class Engine(PostgresEngine):
         """
         async with self._opening:
             if self._opened and self._pool_loop is not asyncio.get_running_loop():
-                raise ConfigurationError("this engine is open in another event loop; give each loop an engine of its own")
+                raise ConfigurationError(
+                    "this engine is open in another event loop; give each loop an engine of its own"
+                )
             if self._opened == 0:
                 await self._start()
             self._opened += 1
@@ -309,9 +314,7 @@ class Engine(PostgresEngine):
         self._pool_loop = asyncio.get_running_loop()
         try:
             arguments = await self._arguments()
-            self.pool = await asyncpg.create_pool(
-                **arguments, min_size=1, max_size=self._pool_size, reset=_no_reset
-            )
+            self.pool = await asyncpg.create_pool(**arguments, min_size=1, max_size=self._pool_size, reset=_no_reset)
             for replica in self.extra_nodes.values():
                 await replica.start_connection_pool()
         except BaseException as error:
@@ -386,7 +389,9 @@ class Engine(PostgresEngine):
             if self.pool is None:
                 return await self.get_new_connection()
             if self._pool_loop is not asyncio.get_running_loop():
-                raise ConfigurationError("this engine is open in another event loop; give each loop an engine of its own")
+                raise ConfigurationError(
+                    "this engine is open in another event loop; give each loop an engine of its own"
+                )
             return await self.pool.acquire(timeout=self._acquire_timeout)
         except TimeoutError as error:
             raise DatabaseUnavailableError(f"no connection came free within {self._acquire_timeout:g} s") from error
@@ -494,9 +499,9 @@ class Engine(PostgresEngine):
         """Run ``unit`` and run it again, jittered, when that is safe.
 
         Safe is what was rolled back for certain (serialization failure, deadlock: at most ``attempts`` times) and
-        what never reached the server (until ``deadline``). ``idempotent`` says that the unit is safe by keys of its own,
-        so that it may also be repeated when its outcome is unknown. Inside a transaction it runs once: only the whole
-        transaction can be repeated.
+        what never reached the server (until ``deadline``). ``idempotent`` says that the unit is safe by keys of its
+        own, so that it may also be repeated when its outcome is unknown. Inside a transaction it runs once: only the
+        whole transaction can be repeated.
         """
         if self.in_transaction():
             return await unit()
@@ -521,7 +526,7 @@ class Engine(PostgresEngine):
             pause = min(pause * 2, 1.0)
 
     async def run_querystring(self, querystring: QueryString, in_pool: bool = True) -> Any:
-        """Piccolo's door: one query on the transaction's connection, else on the pool's; the driver's errors as they are."""
+        """Piccolo's door: one query on the transaction's connection, else on the pool's; errors are the driver's."""
         template, arguments = querystring.compile_string(engine_type=self.engine_type)
         return await self._run_plain(template, arguments)
 
@@ -555,8 +560,8 @@ class Engine(PostgresEngine):
 def choose_conf() -> str:
     """Settle which ``piccolo_conf`` module this process uses, and return its name.
 
-    The module that ``PICCOLO_CONF`` names, else an importable ``piccolo_conf``, else ``kitrocket.conf``. Piccolo reads the
-    choice from the environment alone, so that is where it is left.
+    The module that ``PICCOLO_CONF`` names, else an importable ``piccolo_conf``, else ``kitrocket.conf``. Piccolo reads
+    the choice from the environment alone, so that is where it is left.
     """
     if not os.environ.get("PICCOLO_CONF"):
         found = importlib.util.find_spec("piccolo_conf") is not None

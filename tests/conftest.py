@@ -1,4 +1,4 @@
-"""A real PostgreSQL for every test that touches data: one server a run, a template made by the migrations, a clone a test.
+"""A real PostgreSQL for every test that touches data: a server a run, a template made by migrations, a clone a test.
 
 ``KITROCKET_TEST_DSN`` names another server (its role must be allowed to create databases), and
 ``KITROCKET_TEST_POOLER_DSN`` a pooler before it; both without a database name.
@@ -11,9 +11,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 import asyncpg
 import pytest
@@ -23,27 +22,9 @@ from kitrocket.embedded import EmbeddedServer
 from kitrocket.engine import Engine
 from kitrocket.migrations import migrate
 from kitrocket.testing import ManualClock
+from servers import Server
 
 _numbers = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class Server:
-    """A PostgreSQL that the run may create databases on. ``pooler`` is the way in through a pooler, if one stands there."""
-
-    direct: str
-    pooler: str | None = None
-
-    def url(self, database: str, *, direct: bool = False) -> str:
-        parts = urlsplit(self.direct if direct or self.pooler is None else self.pooler)
-        return urlunsplit(parts._replace(path=f"/{database}"))
-
-    def engine(self, database: str, *, pool_size: int = 10) -> Engine:
-        if self.pooler is None:
-            return Engine(self.url(database), pool_size=pool_size)
-        return Engine(
-            self.url(database), direct_url=self.url(database, direct=True), pooler=True, pool_size=pool_size
-        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
