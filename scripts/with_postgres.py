@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
 
 
 def dsn(user: str, host: str, port: int) -> str:
-    return f"postgres://{user}@:{port}/?host={quote(host, safe='')}"
+    return f"postgres:///?host={quote(host, safe='')}&port={port}&user={user}"
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def server() -> Iterator[Server]:
     embedded = EmbeddedServer(folder / "pg", fsync=False, options={"max_connections": "200"})
     address = embedded.start()
     try:
-        yield Server(f"postgres://{address.user}@:{address.port}/?host={quote(address.host, safe='')}")
+        yield Server(f"postgres:///?host={quote(address.host, safe='')}&port={address.port}&user={address.user}")
     finally:
         embedded.release()
         shutil.rmtree(folder)

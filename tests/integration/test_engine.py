@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 import anyio
+import anyio.to_thread
 import asyncpg
 import pytest
 from piccolo.columns import Text
@@ -434,8 +435,8 @@ async def test_a_held_connection_comes_back_after_it_was_lost(server: Server, da
         await held.aclose()
 
 
-def test_each_event_loop_needs_an_engine_of_its_own(server: Server, template: str) -> None:
-    engine = server.engine(template)
+async def test_each_event_loop_needs_an_engine_of_its_own(server: Server, database: str) -> None:
+    engine = server.engine(database)
 
     async def in_a_first_loop() -> None:
         await engine.open()
@@ -446,8 +447,11 @@ def test_each_event_loop_needs_an_engine_of_its_own(server: Server, template: st
         with pytest.raises(ConfigurationError, match="another event loop"):
             await engine.fetch("SELECT 1")
 
-    with asyncio.Runner() as first:
-        first.run(in_a_first_loop())
-        with asyncio.Runner() as second:
-            second.run(in_a_second_loop())
-        first.run(engine.close())
+    def two_loops() -> None:
+        with asyncio.Runner() as first:
+            first.run(in_a_first_loop())
+            with asyncio.Runner() as second:
+                second.run(in_a_second_loop())
+            first.run(engine.close())
+
+    await anyio.to_thread.run_sync(two_loops)
