@@ -11,7 +11,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from piccolo.columns import ForeignKey, OnDelete, OnUpdate, Text, Timestamp
-from piccolo.columns.column_types import JSON, BigInt, Boolean, Integer
+from piccolo.columns.column_types import JSON, JSONB, BigInt, Boolean, Integer
 from piccolo.columns.defaults.base import Default
 from piccolo.columns.defaults.timestamp import TimestampNow
 from piccolo.constraints import Unique
@@ -184,17 +184,17 @@ class DodoPayments(Table, tablename="dodo_payments", schema=SCHEMA):
     """The index of payments, with their refunds and disputes."""
 
     payment_id = Text(primary_key=True, default=None)
-    subscription_ids = JSON(default="[]")
+    subscription_ids = JSONB(default="[]")
     customer_id = Text(null=True, default=None)
     status = Text(null=True, default=None)
     charge_type = Text(null=True, default=None)
     total_amount = BigInt(null=True, default=None)
     currency = Text(null=True, default=None)
-    service_periods = JSON(default="[]")
+    service_periods = JSONB(default="[]")
     created_at = Timestamp(null=True, default=None)
     event_at = Timestamp(null=True, default=None)
-    refunds = JSON(default="{}")
-    disputes = JSON(default="{}")
+    refunds = JSONB(default="{}")
+    disputes = JSONB(default="{}")
 
 
 #: The seed's five, in the order of their foreign keys.

@@ -1,5 +1,6 @@
 from piccolo.apps.migrations.auto.migration_manager import MigrationManager
-from piccolo.engine import engine_finder
+
+from kitrocket.ddl import execute
 
 ID = "2026-11-24T22:06:59:582920"
 VERSION = "1.38.0"
@@ -13,13 +14,13 @@ async def forwards():
 
     async def rename():
         for table in TABLES:
-            await engine_finder().run_ddl(
+            await execute(
                 f"ALTER TABLE {table} RENAME CONSTRAINT {table}_user_id_fkey TO {table}_user_id_users_id_fk"
             )
 
     async def rename_back():
         for table in TABLES:
-            await engine_finder().run_ddl(
+            await execute(
                 f"ALTER TABLE {table} RENAME CONSTRAINT {table}_user_id_users_id_fk TO {table}_user_id_fkey"
             )
 

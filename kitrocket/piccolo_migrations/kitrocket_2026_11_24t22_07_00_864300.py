@@ -1,4 +1,5 @@
 from piccolo.apps.migrations.auto.migration_manager import MigrationManager
+from kitrocket.ddl import execute
 from kitrocket.tables import NewId
 from piccolo.columns.base import OnDelete
 from piccolo.columns.base import OnUpdate
@@ -7,6 +8,7 @@ from piccolo.columns.column_types import Boolean
 from piccolo.columns.column_types import ForeignKey
 from piccolo.columns.column_types import Integer
 from piccolo.columns.column_types import JSON
+from piccolo.columns.column_types import JSONB
 from piccolo.columns.column_types import Text
 from piccolo.columns.column_types import Timestamp
 from piccolo.columns.indexes import IndexMethod
@@ -36,6 +38,13 @@ async def forwards():
     manager = MigrationManager(
         migration_id=ID, app_name="kitrocket", description=DESCRIPTION
     )
+
+    async def wait_at_most_a_second_for_users():
+        await execute("SET LOCAL lock_timeout = '1s'")
+
+    # The key into users locks out its writers, and whoever waits for that lock holds them up too.
+    manager.add_raw(wait_at_most_a_second_for_users)
+    manager.add_raw_backwards(wait_at_most_a_second_for_users)
 
     manager.add_table(
         class_name="DodoPayments",
@@ -84,8 +93,8 @@ async def forwards():
         tablename="dodo_payments",
         column_name="subscription_ids",
         db_column_name="subscription_ids",
-        column_class_name="JSON",
-        column_class=JSON,
+        column_class_name="JSONB",
+        column_class=JSONB,
         params={
             "default": "[]",
             "null": False,
@@ -210,8 +219,8 @@ async def forwards():
         tablename="dodo_payments",
         column_name="service_periods",
         db_column_name="service_periods",
-        column_class_name="JSON",
-        column_class=JSON,
+        column_class_name="JSONB",
+        column_class=JSONB,
         params={
             "default": "[]",
             "null": False,
@@ -273,8 +282,8 @@ async def forwards():
         tablename="dodo_payments",
         column_name="refunds",
         db_column_name="refunds",
-        column_class_name="JSON",
-        column_class=JSON,
+        column_class_name="JSONB",
+        column_class=JSONB,
         params={
             "default": "{}",
             "null": False,
@@ -294,8 +303,8 @@ async def forwards():
         tablename="dodo_payments",
         column_name="disputes",
         db_column_name="disputes",
-        column_class_name="JSON",
-        column_class=JSON,
+        column_class_name="JSONB",
+        column_class=JSONB,
         params={
             "default": "{}",
             "null": False,
