@@ -6,6 +6,7 @@ repr or a log: where the data is secret, the attribute is left out too.
 * KitRocketError
   + InvalidInputError (also a ValueError)
   + ConfigurationError
+    - MissingExtraError (also an ImportError)
   + UserNotFoundError
   + EmailTakenError
   + AccountTakenError
@@ -57,6 +58,18 @@ class InvalidInputError(KitRocketError, ValueError):
 
 class ConfigurationError(KitRocketError):
     """A setting is missing or contradicts another; the message names the setting and the cure."""
+
+
+class MissingExtraError(ConfigurationError, ImportError):
+    """Something needs a package that an extra brings; the message is the line to type."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(what, extra)
+        self.what = what
+        self.extra = extra
+
+    def __str__(self) -> str:
+        return f'{self.what} needs more packages: pip install "kitrocket[{self.extra}]"'
 
 
 class UserNotFoundError(KitRocketError):

@@ -70,11 +70,21 @@ async def migrate(engine: Engine, *, report: Report | None = None) -> list[str]:
         return await _forwards(connection, migration_modules(), tell)
 
 
-def migration_modules() -> dict[str, ModuleType]:
+async def migrate_app(engine: Engine, app: str, package: ModuleType) -> list[str]:
+    """Apply what is pending of another Piccolo app, such as the Studio's, whose migrations are in ``package``.
+
+    As :func:`migrate`, whose turn it shares.
+    """
+    modules = migration_modules(package)
+    if modules.keys() <= await _applied(engine, app):
+        return []
+    async with _turn(engine, _silence) as connection:
+        return await _forwards(connection, modules, _silence, app)
+
+
+def migration_modules(package: ModuleType = piccolo_migrations) -> dict[str, ModuleType]:
     """Return the migration files of this version by id, oldest first."""
-    names = (
-        f"{piccolo_migrations.__name__}.{found.name}" for found in pkgutil.iter_modules(piccolo_migrations.__path__)
-    )
+    names = (f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__))
     modules = [importlib.import_module(name) for name in names]
     return {module.ID: module for module in sorted(modules, key=lambda module: str(module.ID))}
 
@@ -85,9 +95,9 @@ def history_table() -> str:
     return Migration._meta.get_formatted_tablename()
 
 
-async def _applied(source: Engine | Connection) -> set[str]:
+async def _applied(source: Engine | Connection, app: str = APP) -> set[str]:
     try:
-        rows = await source.fetch(f"SELECT name FROM {history_table()} WHERE app_name = $1", APP)  # noqa: S608 - Piccolo's name
+        rows = await source.fetch(f"SELECT name FROM {history_table()} WHERE app_name = $1", app)  # noqa: S608 - Piccolo's name
     except asyncpg.UndefinedTableError:
         return set()
     return {row["name"] for row in rows}
@@ -117,12 +127,14 @@ async def _forwards(
     connection: Connection,
     modules: Mapping[str, ModuleType],
     tell: Report,
+    app: str = APP,
 ) -> list[str]:
     """Apply those of ``modules`` that the history lacks. The caller holds the lock."""
-    applied = await _applied(connection)
+    applied = await _applied(connection, app)
     todo = [migration for migration in modules if migration not in applied]
     if todo:
-        await _refuse_duplicates(connection)
+        if app == APP:
+            await _refuse_duplicates(connection)
         await connection.execute(_ddl(Migration.create_table(if_not_exists=True))[0])
     for migration in todo:
         await _apply(connection, modules[migration])
@@ -186,9 +198,9 @@ async def run(
         await manager._run_add_constraints(backwards=backwards)
         await manager._run_drop_constraints(backwards=backwards)
         if backwards:
-            await _forget(connection, manager.migration_id)
+            await _forget(connection, manager)
         else:
-            await _note(connection, manager.migration_id)
+            await _note(connection, manager)
 
 
 def _ddl(query: Any) -> Sequence[str]:
@@ -202,21 +214,21 @@ def _ddl(query: Any) -> Sequence[str]:
     return query.ddl
 
 
-async def _note(connection: Connection, migration: str) -> None:
+async def _note(connection: Connection, manager: MigrationManager) -> None:
     # Piccolo goes backwards in the order of ran_on, which it writes as local time: so must this.
     await connection.execute(
         f"INSERT INTO {history_table()} (name, app_name, ran_on) VALUES ($1, $2, $3)",  # noqa: S608 - Piccolo's name
-        migration,
-        APP,
+        manager.migration_id,
+        manager.app_name,
         TimestampNow().python(),  # type: ignore[no-untyped-call]  # Piccolo's is untyped
     )
 
 
-async def _forget(connection: Connection, migration: str) -> None:
+async def _forget(connection: Connection, manager: MigrationManager) -> None:
     await connection.execute(
         f"DELETE FROM {history_table()} WHERE name = $1 AND app_name = $2",  # noqa: S608 - Piccolo's name
-        migration,
-        APP,
+        manager.migration_id,
+        manager.app_name,
     )
 
 
