@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import enum
 import re
+import ssl
 
 import asyncpg
 
 from kitrocket.errors import (
     AccountTakenError,
+    ConfigurationError,
     DatabaseUnavailableError,
     EmailTakenError,
     InvalidInputError,
@@ -84,6 +86,17 @@ def translated(error: Exception) -> Exception:
         detail, error.detail = getattr(error, "detail", None), None
         error.args = error.args[:1]
         return _for_constraint(error, detail) or _for_connection(error) or error
+    if isinstance(error, asyncpg.ClientConfigurationError):
+        return ConfigurationError(f"the database's URL cannot be used: {error}")
+    if isinstance(error, ssl.SSLError):
+        return DatabaseUnavailableError(
+            "PostgreSQL's certificate is not trusted here: name its authority with ?sslrootcert=... in the URL, "
+            "or encrypt without verifying with ?sslmode=require"
+        )
+    if isinstance(error, ConnectionError) and "SSL upgrade" in str(error):
+        return DatabaseUnavailableError(
+            "PostgreSQL offers no TLS; if the network to it is trusted, say so with ?sslmode=disable in the URL"
+        )
     if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError | OSError | TimeoutError):
         return DatabaseUnavailableError(f"PostgreSQL cannot be reached, or went away ({type(error).__name__})")
     return error

@@ -7,6 +7,8 @@ import ssl
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from kitrocket.errors import ConfigurationError
+
 _LOCAL = re.compile(r"^(localhost|127(\.\d+){3}|\[?::1\]?|/.*|%2F.*|)$", re.IGNORECASE)
 
 
@@ -18,21 +20,31 @@ def is_transaction_pooler(url: str | None) -> bool:
 def connection_arguments(url: str | None, *, pooler: bool) -> dict[str, Any]:
     """Return asyncpg's keyword arguments: UTC on every connection, no statement cache behind a pooler, verified TLS.
 
-    ``sslmode`` and ``sslrootcert`` in the URL decide about TLS. Without them a host that is not local must offer TLS
-    with a certificate that the system trusts.
+    ``sslmode`` and ``sslrootcert`` in the URL decide about TLS. Without ``sslmode`` a host that is not local must offer
+    TLS with a certificate that ``sslrootcert``, or else the system, trusts; ``sslmode=verify-full`` asks for that too.
+
+    Raises :class:`ConfigurationError` when ``sslrootcert`` cannot be read.
     """
     arguments: dict[str, Any] = {"server_settings": {"timezone": "UTC", "application_name": "kitrocket"}}
     if pooler:
         arguments["statement_cache_size"] = 0
     if url is not None:
         arguments["dsn"] = url
-        if not _says_tls(url) and not all(_LOCAL.match(host) for host, _ in _hosts(url)):
-            arguments["ssl"] = ssl.create_default_context()
+        if _must_verify(url):
+            arguments["ssl"] = _verifying(parse_qs(urlsplit(url).query).get("sslrootcert", [None])[0])
     return arguments
 
 
-def _says_tls(url: str) -> bool:
-    return not {"sslmode", "ssl", "sslrootcert"}.isdisjoint(parse_qs(urlsplit(url).query))
+def _must_verify(url: str) -> bool:
+    mode = parse_qs(urlsplit(url).query).get("sslmode")
+    return mode == ["verify-full"] if mode else not all(_LOCAL.match(host) for host, _ in _hosts(url))
+
+
+def _verifying(authority: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=authority)
+    except OSError as error:
+        raise ConfigurationError(f"sslrootcert {authority!r} cannot be read") from error
 
 
 def _hosts(url: str) -> list[tuple[str, str]]:

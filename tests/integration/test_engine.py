@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 import anyio
 import anyio.to_thread
 import asyncpg
 import pytest
+import pytest_asyncio
 from piccolo.columns import Text
 from piccolo.table import Table
 
@@ -35,6 +36,21 @@ class Planets(Table, tablename="planets"):
     """An application's own table."""
 
     name = Text(primary_key=True, default=None)
+
+
+@pytest_asyncio.fixture
+async def tcp_server() -> AsyncIterator[str]:
+    """The address of a server that refuses TLS, as PostgreSQL without it does, and hangs up on all else."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if (await reader.readexactly(8))[4:] == bytes.fromhex("04d2162f"):
+            writer.write(b"N")
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 async def ids(engine: Engine) -> list[str]:
@@ -278,6 +294,18 @@ async def test_constructing_an_engine_connects_to_nothing() -> None:
     assert engine.pool is None
     with pytest.raises(DatabaseUnavailableError):
         await engine.fetch("SELECT 1")
+
+
+async def test_a_server_without_tls_is_refused_unless_the_url_allows_it(tcp_server: str) -> None:
+    with pytest.raises(DatabaseUnavailableError, match="sslmode=disable"):
+        await Engine(f"postgres://u@{tcp_server}/app?sslmode=verify-full").open()
+    with pytest.raises(DatabaseUnavailableError, match=r"lost the connection|went away"):
+        await Engine(f"postgres://u@{tcp_server}/app?sslmode=disable").open()
+
+
+async def test_a_url_that_cannot_be_used_says_so() -> None:
+    with pytest.raises(ConfigurationError, match="URL cannot be used"):
+        await Engine("mysql://u@localhost/app").open()
 
 
 async def test_an_engine_that_is_not_open_answers_too(server: Server, database: str) -> None:
