@@ -1,23 +1,22 @@
-"""The PostgreSQL that a test run uses."""
+"""The PostgreSQL of a test run, and perhaps a pooler before it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import urlsplit, urlunsplit
 
 from kitrocket.engine import Engine
+from kitrocket.testing import PostgresServer
 
 
 @dataclass(frozen=True)
 class Server:
-    """A PostgreSQL that may create databases. ``pooler`` is the way in through a pooler, if one stands there."""
+    """``direct`` is PostgreSQL itself; ``pooler`` the way in through PgBouncer, when this run has one."""
 
-    direct: str
-    pooler: str | None = None
+    direct: PostgresServer
+    pooler: PostgresServer | None = None
 
     def url(self, database: str, *, direct: bool = False) -> str:
-        parts = urlsplit(self.direct if direct or self.pooler is None else self.pooler)
-        return urlunsplit(parts._replace(path=f"/{database}"))
+        return (self.direct if direct or self.pooler is None else self.pooler).url(database)
 
     def engine(self, database: str, *, pool_size: int = 10) -> Engine:
         if self.pooler is None:
