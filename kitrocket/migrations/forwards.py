@@ -1,16 +1,11 @@
-"""Bring a database to the schema of this version, safely when several processes start at once.
-
-Piccolo writes and understands the migration files; this module runs them on the engine it is given, so that two
-databases can be migrated in one process, past any pooler, one migrator at a time. It keeps Piccolo's history table, so
-``piccolo migrations forwards kitrocket`` and :func:`migrate` can take turns. Nothing is printed.
-"""
+"""Apply what is pending, one migrator at a time, on the engine that was given."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -24,7 +19,7 @@ from piccolo.query.base import DDL
 from piccolo.schema import SchemaDDLBase
 
 from kitrocket import piccolo_migrations
-from kitrocket.ddl import LOCK_TIMEOUT, SEED_INDEXES, Connection, lending
+from kitrocket.ddl import LOCK_TIMEOUT, ConcurrentIndex, Connection, lending
 from kitrocket.driver_errors import translated
 from kitrocket.engine import Engine, choose_conf
 from kitrocket.errors import ConfigurationError, MigrationError, SchemaMismatchError, SchemaNotMigratedError
@@ -42,8 +37,8 @@ _LOCK_ATTEMPTS = 30
 
 async def pending(engine: Engine) -> list[str]:
     """Return the ids of this version's migrations that the database lacks, oldest first. One query."""
-    applied = await _applied(engine)
-    return [migration for migration in migration_modules() if migration not in applied]
+    done = await applied(engine, APP)
+    return [migration for migration in modules_of(piccolo_migrations) if migration not in done]
 
 
 async def check(engine: Engine) -> None:
@@ -63,29 +58,23 @@ async def migrate(engine: Engine, *, report: Report | None = None) -> list[str]:
     again goes on from there. Raises :class:`SchemaMismatchError`, and changes nothing, when rows are in the way of a
     unique index.
     """
-    tell = report or _silence
-    if not await pending(engine):
+    return await migrate_app(engine, APP, piccolo_migrations, report=report)
+
+
+async def migrate_app(engine: Engine, app: str, package: ModuleType, *, report: Report | None = None) -> list[str]:
+    """Do as :func:`migrate` for the Piccolo app named ``app``, whose migration files are the modules of ``package``."""
+    modules = modules_of(package)
+    if set(modules) <= await applied(engine, app):
         return []
-    async with _turn(engine, tell) as connection:
-        return await _forwards(connection, migration_modules(), tell)
+    tell = report or silence
+    async with turn(engine, tell) as connection:
+        return await forwards(connection, app, modules, tell)
 
 
-async def migrate_app(engine: Engine, app: str, package: ModuleType) -> list[str]:
-    """Apply what is pending of another Piccolo app, such as the Studio's, whose migrations are in ``package``.
-
-    As :func:`migrate`, whose turn it shares.
-    """
-    modules = migration_modules(package)
-    if modules.keys() <= await _applied(engine, app):
-        return []
-    async with _turn(engine, _silence) as connection:
-        return await _forwards(connection, modules, _silence, app)
-
-
-def migration_modules(package: ModuleType = piccolo_migrations) -> dict[str, ModuleType]:
-    """Return the migration files of this version by id, oldest first."""
-    names = (f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__))
-    modules = [importlib.import_module(name) for name in names]
+def modules_of(package: ModuleType) -> dict[str, ModuleType]:
+    """Return the migration files of a package by id, oldest first."""
+    found = [file.name for file in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in found]
     return {module.ID: module for module in sorted(modules, key=lambda module: str(module.ID))}
 
 
@@ -95,7 +84,8 @@ def history_table() -> str:
     return Migration._meta.get_formatted_tablename()
 
 
-async def _applied(source: Engine | Connection, app: str = APP) -> set[str]:
+async def applied(source: Engine | Connection, app: str) -> set[str]:
+    """Return the ids of the app's migrations that the database has."""
     try:
         rows = await source.fetch(f"SELECT name FROM {history_table()} WHERE app_name = $1", app)  # noqa: S608 - Piccolo's name
     except asyncpg.UndefinedTableError:
@@ -104,7 +94,7 @@ async def _applied(source: Engine | Connection, app: str = APP) -> set[str]:
 
 
 @asynccontextmanager
-async def _turn(engine: Engine, tell: Report) -> AsyncIterator[Connection]:
+async def turn(engine: Engine, tell: Report) -> AsyncIterator[Connection]:
     """A direct connection that holds the migrators' lock.
 
     The lock is polled: to wait for it inside PostgreSQL is to hold a snapshot, and a concurrent index build of the
@@ -123,32 +113,44 @@ async def _turn(engine: Engine, tell: Report) -> AsyncIterator[Connection]:
         yield connection
 
 
-async def _forwards(
-    connection: Connection,
-    modules: Mapping[str, ModuleType],
-    tell: Report,
-    app: str = APP,
-) -> list[str]:
+async def forwards(connection: Connection, app: str, modules: Mapping[str, ModuleType], tell: Report) -> list[str]:
     """Apply those of ``modules`` that the history lacks. The caller holds the lock."""
-    applied = await _applied(connection, app)
-    todo = [migration for migration in modules if migration not in applied]
+    done = await applied(connection, app)
+    todo = [module for migration, module in modules.items() if migration not in done]
     if todo:
-        if app == APP:
-            await _refuse_duplicates(connection)
-        await connection.execute(_ddl(Migration.create_table(if_not_exists=True))[0])
-    for migration in todo:
-        await _apply(connection, modules[migration])
-        tell(f"{migration} {modules[migration].DESCRIPTION}")
-    return todo
+        await refuse_duplicates(connection, todo)
+        await create_history(connection)
+    for module in todo:
+        await _apply(connection, app, module)
+        tell(f"applied {module.ID}: {module.DESCRIPTION}")
+    return [module.ID for module in todo]
 
 
-async def _apply(connection: Connection, module: ModuleType) -> None:
+async def refuse_duplicates(connection: Connection, modules: Iterable[ModuleType]) -> None:
+    """Raise :class:`SchemaMismatchError` with all rows that unique indexes of ``modules`` would refuse."""
+    found: list[str] = []
+    for index in (index for module in modules for index in getattr(module, "INDEXES", ())):
+        if not isinstance(index, ConcurrentIndex) or index.duplicates is None or await index.is_valid(connection):
+            continue
+        if await connection.fetchval("SELECT to_regclass($1)", f"public.{index.table}"):
+            found += await index.find_duplicates(connection)
+    if found:
+        raise SchemaMismatchError(found)
+
+
+async def create_history(connection: Connection) -> None:
+    """Create Piccolo's history table unless it stands."""
+    for statement in _ddl(Migration.create_table(if_not_exists=True)):
+        await connection.execute(statement)
+
+
+async def _apply(connection: Connection, app: str, module: ModuleType) -> None:
     attempts = _LOCK_ATTEMPTS
     while True:
         attempts -= 1
-        manager = await module.forwards()
+        manager: MigrationManager = await module.forwards()
         try:
-            await run(connection, manager)
+            await run(connection, app, manager)
         except SchemaMismatchError:
             raise
         except asyncpg.LockNotAvailableError as error:
@@ -166,12 +168,7 @@ def _failed(module: ModuleType, error: Exception) -> MigrationError:
     return MigrationError(f"migration {module.ID} ({module.DESCRIPTION}) failed: {translated(error)}")
 
 
-async def run(
-    connection: Connection,
-    manager: MigrationManager,
-    *,
-    backwards: bool = False,
-) -> None:
+async def run(connection: Connection, app: str, manager: MigrationManager, *, backwards: bool = False) -> None:
     """Run one migration on ``connection`` and note it in the history; in one transaction unless it forbids that.
 
     Piccolo's ``MigrationManager.run`` finds its engine through ``piccolo_conf``, prints, and notes the migration
@@ -198,9 +195,9 @@ async def run(
         await manager._run_add_constraints(backwards=backwards)
         await manager._run_drop_constraints(backwards=backwards)
         if backwards:
-            await _forget(connection, manager)
+            await forget(connection, app, manager.migration_id)
         else:
-            await _note(connection, manager)
+            await note(connection, app, manager.migration_id)
 
 
 def _ddl(query: Any) -> Sequence[str]:
@@ -214,35 +211,25 @@ def _ddl(query: Any) -> Sequence[str]:
     return query.ddl
 
 
-async def _note(connection: Connection, manager: MigrationManager) -> None:
+async def note(connection: Connection, app: str, migration: str) -> None:
+    """Write into the history that a migration was applied."""
     # Piccolo goes backwards in the order of ran_on, which it writes as local time: so must this.
     await connection.execute(
         f"INSERT INTO {history_table()} (name, app_name, ran_on) VALUES ($1, $2, $3)",  # noqa: S608 - Piccolo's name
-        manager.migration_id,
-        manager.app_name,
+        migration,
+        app,
         TimestampNow().python(),  # type: ignore[no-untyped-call]  # Piccolo's is untyped
     )
 
 
-async def _forget(connection: Connection, manager: MigrationManager) -> None:
+async def forget(connection: Connection, app: str, migration: str) -> None:
+    """Take a migration out of the history."""
     await connection.execute(
         f"DELETE FROM {history_table()} WHERE name = $1 AND app_name = $2",  # noqa: S608 - Piccolo's name
-        manager.migration_id,
-        manager.app_name,
+        migration,
+        app,
     )
 
 
-async def _refuse_duplicates(connection: Connection) -> None:
-    """Raise :class:`SchemaMismatchError` with all rows that unique indexes yet to be built would refuse."""
-    found: list[str] = []
-    for index in SEED_INDEXES:
-        if index.duplicates is None or await index.is_valid(connection):
-            continue
-        if await connection.fetchval("SELECT to_regclass($1)", f"public.{index.table}"):
-            found += await index.find_duplicates(connection)
-    if found:
-        raise SchemaMismatchError(found)
-
-
-def _silence(_line: str) -> None:
+def silence(_line: str) -> None:
     """Report to nobody."""

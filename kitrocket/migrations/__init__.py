@@ -1,0 +1,12 @@
+"""Bring a database to the schema of this version, safely when several processes start at once.
+
+Piccolo writes and understands the migration files; this package runs them on the engine it is given, so that two
+databases can be migrated in one process, past any pooler, one migrator at a time. It keeps Piccolo's history table, so
+``piccolo migrations forwards kitrocket`` and :func:`migrate` can take turns. Nothing is printed.
+"""
+
+from kitrocket.migrations.adoption import adopt
+from kitrocket.migrations.forwards import Report, check, migrate, migrate_app, pending
+from kitrocket.migrations.push import push
+
+__all__ = ["Report", "adopt", "check", "migrate", "migrate_app", "pending", "push"]
