@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import re
 import ssl
+from collections.abc import Callable
 
 import asyncpg
 
@@ -23,7 +24,8 @@ from kitrocket.errors import (
     UserNotFoundError,
 )
 
-_BY_CONSTRAINT: dict[str, type[KitRocketError]] = {
+_BY_CONSTRAINT: dict[str, Callable[[], KitRocketError]] = {
+    "users_pkey": lambda: InvalidInputError("id", "another user has it", "an id that no user has"),
     "users_email_unique": EmailTakenError,
     "users_lower_email_idx": EmailTakenError,
     "accounts_provider_provider_account_id_idx": AccountTakenError,

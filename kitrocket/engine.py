@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio
 import asyncpg
@@ -101,7 +101,7 @@ class Transaction(PostgresTransaction):
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exception: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> Literal[False]:
         try:
             with anyio.move_on_after(_END_LIMIT, shield=True) as limit:
                 await self._end(failed=exception is not None)
