@@ -1,11 +1,8 @@
 """What an application's tests need: a migrated database for each test, a clock to set, signed webhooks.
 
-In the application's ``conftest.py``::
-
-    pytest_plugins = ["kitrocket.testing"]
-
-gives the fixtures ``kitrocket_server``, ``kitrocket_database_url`` and ``kitrocket_clock``. ``KITROCKET_TEST_DSN``
-names a PostgreSQL of your own; without it the embedded one is started in a temporary folder, and stopped afterwards.
+``pytest -p kitrocket.testing``, best put into ``addopts`` of the application's ``pyproject.toml``, gives the fixtures
+``kitrocket_server``, ``kitrocket_database_url`` and ``kitrocket_clock``. ``KITROCKET_TEST_DSN`` names a PostgreSQL of
+your own; without it the embedded one is started in a temporary folder, and stopped afterwards.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ from kitrocket.engine import Engine
 from kitrocket.testing import ManualClock, PostgresServer
 from servers import Server
 
-pytest_plugins = ["kitrocket.testing"]
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what cannot hold where the run takes place, and say so."""
