@@ -10,7 +10,6 @@ from types import ModuleType
 
 from piccolo.apps.migrations.auto import AlterStatements, DiffableTable, SchemaDiffer, SchemaSnapshot
 from piccolo.apps.migrations.auto.migration_manager import MigrationManager
-from piccolo.conf.apps import AppConfig
 from piccolo.table import Table
 
 from kitrocket import piccolo_migrations
@@ -18,7 +17,7 @@ from kitrocket.ddl import Connection
 from kitrocket.engine import Engine
 from kitrocket.errors import MigrationError
 from kitrocket.migrations.forwards import APP, Report, applied, forget, forwards, modules_of, note, silence, turn
-from kitrocket.piccolo_app import APP_CONFIG
+from kitrocket.tables import OWN_TABLES, SEED_TABLES
 
 _DESCRIPTION = "pushed: for this development database alone"
 
@@ -45,7 +44,7 @@ async def push(
     """
     tell = report or silence
     package = modules_of(piccolo_migrations)
-    wanted = [_diffable(table) for table in (APP_CONFIG.table_classes if tables is None else tables)]
+    wanted = [_diffable(table) for table in ([*SEED_TABLES, *OWN_TABLES] if tables is None else tables)]
     answer = "y" if assume_renames else "n"
     async with turn(engine, tell) as connection:
         pushed = _pushed(state_dir)
@@ -133,6 +132,7 @@ def _write(state_dir: Path, steps: Sequence[AlterStatements]) -> None:
     # Here, for they are slow to import and only a push needs them.
     import black
     from piccolo.apps.migrations.commands.new import _generate_migration_meta, render_template
+    from piccolo.conf.apps import AppConfig
 
     state_dir.mkdir(parents=True, exist_ok=True)
     meta = _generate_migration_meta(AppConfig(app_name=APP, migrations_folder_path=str(state_dir)))
