@@ -122,3 +122,11 @@ def secret(field: str, value: object) -> str:
     if not isinstance(value, str):
         raise InvalidInputError(field, f"it is a {type(value).__name__}", "text")
     return value
+
+
+def label(field: str, value: object) -> str:
+    """Return text of 1 to 255 characters that is more than white space."""
+    found = identifier(field, value)
+    if not found.strip():
+        raise InvalidInputError(field, "it is blank", f"text of 1 to {ID_MAX} characters, not only white space")
+    return found
