@@ -129,6 +129,18 @@ class UsageRecord(Value):
     duplicate: bool
 
 
+class UsageEntry(Value):
+    """One AI call to record with ``record_many``; the names are those of ``record``."""
+
+    model_config = ConfigDict(strict=True)
+
+    user_id: str
+    tokens: int
+    model: str
+    id: str | None = None
+    at: AwareDatetime | None = None
+
+
 class RecordedUsage(Value):
     """How many rows of a ``record_many`` call were new and how many had been recorded before."""
 
@@ -137,11 +149,22 @@ class RecordedUsage(Value):
 
 
 class UsageBucket(Value):
-    """Tokens and calls of one hour, day or month (``start`` to ``end``), or of one model in the whole window."""
+    """Tokens and calls of one hour, day or month (``start <= t < end``), or of one model in the whole window.
+
+    Without ``end`` the bucket is open, as its window is.
+    """
 
     start: AwareDatetime
     end: AwareDatetime | None
     model: str | None
+    tokens: int
+    calls: int
+
+
+class TopUser(Value):
+    """A user with the tokens and calls of a window."""
+
+    user_id: str
     tokens: int
     calls: int
 
@@ -166,7 +189,9 @@ __all__ = [
     "SessionWithUser",
     "Subscription",
     "SweepResult",
+    "TopUser",
     "UsageBucket",
+    "UsageEntry",
     "UsageRecord",
     "User",
     "UserWithSubscription",

@@ -1,0 +1,84 @@
+-- Every sum ends in ::bigint, so that it arrives as an int whatever it was summed from.
+-- A window is since <= created_at < until; an until of NULL has no upper bound ('infinity' keeps it an index condition).
+-- The reads take the window from single rows through usage_user_created_idx; where whole UTC days are kept summed
+-- elsewhere, they join the named arm "calls" and the rest of a statement stays as it is.
+
+-- name: insert
+-- Record a batch; a row whose id is there already is left out, and so is its id from the answer.
+-- ids text[], user ids text[], tokens integer[], models text[], instants timestamp[].
+-- Without a conflict target: the key is (id) on one node and (user_id, id) on Citus. Ascending ids, in the order that
+-- Python sorts by, keep two batches from waiting for each other.
+INSERT INTO usage (id, user_id, tokens_used, model, created_at)
+SELECT id, user_id, tokens_used, model, created_at
+FROM unnest($1::text[], $2::text[], $3::integer[], $4::text[], $5::timestamp[])
+    AS new (id, user_id, tokens_used, model, created_at)
+ORDER BY id COLLATE "C"
+ON CONFLICT DO NOTHING
+RETURNING id;
+
+-- name: recorded
+-- Read the rows that an insert found there already. It is a statement of its own because the insert's snapshot
+-- misses a row that was committed while the insert waited for it.
+-- ids text[].
+SELECT id, user_id, tokens_used, model, created_at
+FROM usage
+WHERE id = ANY ($1::text[]);
+
+-- name: total
+-- Sum a user's tokens in a window.
+-- user id, since, until or NULL, model or NULL for all.
+WITH calls AS (
+    SELECT tokens_used AS tokens
+    FROM usage
+    WHERE user_id = $1
+      AND created_at >= $2::timestamp
+      AND created_at < coalesce($3::timestamp, 'infinity')
+      AND ($4::text IS NULL OR model = $4)
+)
+SELECT coalesce(sum(tokens), 0)::bigint AS tokens
+FROM calls;
+
+-- name: by_time
+-- Sum a user's tokens and count the calls by bucket, numbered from 1; a bucket without a call has no row.
+-- user id, since, until or NULL, the buckets' beginnings timestamp[] ascending, the first of them since.
+WITH calls AS (
+    SELECT created_at, tokens_used AS tokens
+    FROM usage
+    WHERE user_id = $1
+      AND created_at >= $2::timestamp
+      AND created_at < coalesce($3::timestamp, 'infinity')
+)
+SELECT width_bucket(created_at, $4::timestamp[]) AS bucket, sum(tokens)::bigint AS tokens, count(*) AS calls
+FROM calls
+GROUP BY bucket
+ORDER BY bucket;
+
+-- name: by_model
+-- Sum a user's tokens and count the calls by model, the largest sum first.
+-- user id, since, until or NULL.
+WITH calls AS (
+    SELECT model, tokens_used AS tokens
+    FROM usage
+    WHERE user_id = $1
+      AND created_at >= $2::timestamp
+      AND created_at < coalesce($3::timestamp, 'infinity')
+)
+SELECT model, sum(tokens)::bigint AS tokens, count(*) AS calls
+FROM calls
+GROUP BY model
+ORDER BY tokens DESC, model COLLATE "C";
+
+-- name: top_users
+-- List the users with the largest sums in a window.
+-- since, until or NULL, how many.
+WITH calls AS (
+    SELECT user_id, tokens_used AS tokens
+    FROM usage
+    WHERE created_at >= $1::timestamp
+      AND created_at < coalesce($2::timestamp, 'infinity')
+)
+SELECT user_id, sum(tokens)::bigint AS tokens, count(*) AS calls
+FROM calls
+GROUP BY user_id
+ORDER BY tokens DESC, user_id COLLATE "C"
+LIMIT $3::bigint;
