@@ -1,0 +1,1 @@
+"""What kitrocket knows about DodoPayments, without a database: signatures, events, and what they mean."""
