@@ -172,34 +172,58 @@ class HeldConnection:
         self._engine = engine
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         self._prepared: dict[str, asyncpg.prepared_stmt.PreparedStatement[asyncpg.Record]] = {}
+        self._closed = False
 
     async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
-        """Run a statement, prepared once per connection. Raises as :meth:`Engine.fetch`."""
+        """Run a statement, prepared once per connection. Raises as :meth:`Engine.fetch`.
+
+        A call that is cancelled, or takes too long, costs the connection: one that the driver is still cleaning up can
+        keep the next caller waiting for ever when the network is gone.
+        """
         try:
-            if self._connection is None or self._connection.is_closed():
-                self._prepared.clear()
-                self._connection = await self._engine.get_new_connection()
+            connection = self._connection
+            if connection is None or connection.is_closed():
+                connection = await self._connect()
             if self._engine.pooler:
-                return await self._connection.fetch(sql, *arguments)
+                return await connection.fetch(sql, *arguments)
             prepared = self._prepared.get(sql)
             if prepared is None:
-                prepared = self._prepared[sql] = await self._connection.prepare(sql)
+                prepared = self._prepared[sql] = await connection.prepare(sql)
             return await prepared.fetch(*arguments)
-        except asyncpg.InvalidCachedStatementError as error:
-            self._prepared.clear()
+        except TimeoutError as error:
+            self._drop()
             raise translated(error) from error
         except Exception as error:
+            # A statement that a schema change has outdated is prepared again.
+            self._prepared.clear()
             raise translated(error) from error
+        except BaseException:
+            self._drop()
+            raise
 
     async def aclose(self) -> None:
-        """Close the connection; it opens again when used."""
+        """Close the connection, for good."""
+        self._closed = True
         connection, self._connection = self._connection, None
         self._prepared.clear()
         if connection is not None:
-            with anyio.move_on_after(_END_LIMIT, shield=True) as limit:
+            with anyio.move_on_after(_END_LIMIT, shield=True), suppress(asyncpg.InterfaceError, OSError):
                 await connection.close()
-            if limit.cancelled_caught:
+            if not connection.is_closed():
                 connection.terminate()
+
+    async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
+        self._prepared.clear()
+        if self._closed:
+            raise ConfigurationError("this connection was closed")
+        connection: asyncpg.Connection[asyncpg.Record] = await self._engine.get_new_connection()
+        self._connection = connection
+        return connection
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
 
 
 class Engine(PostgresEngine):
