@@ -1,0 +1,5 @@
+"""Sessions: create, validate, list, revoke, sweep."""
+
+from kitrocket.sessions.service import SessionService
+
+__all__ = ["SessionService"]

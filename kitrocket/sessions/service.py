@@ -1,0 +1,298 @@
+"""What an application does with sessions."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import datetime, timedelta
+from typing import Literal
+
+import anyio
+import asyncpg
+
+from kitrocket import inputs
+from kitrocket.clock import Clock, from_db, to_db, to_milliseconds, utc_now
+from kitrocket.engine import Engine
+from kitrocket.errors import InvalidInputError, UserNotFoundError
+from kitrocket.ids import new_id
+from kitrocket.models import IssuedSession, Session, SessionWithUser, SweepResult
+from kitrocket.sessions.validation import Validator
+from kitrocket.sql import statements
+from kitrocket.tokens import digest, is_possible, new_token
+
+_SQL = statements("sessions")
+_log = logging.getLogger(__name__)
+
+#: How tokens are stored: as digests; plain, as Better Auth has them; digests written and both accepted.
+TokenStorage = Literal["digest", "plain", "digest+plain"]
+
+_USER_AGENT_MAX = 512
+_PAGE_MAX = 1000
+
+
+class SessionService:
+    """Sessions: created, validated, listed, revoked and swept.
+
+    A session lives for ``ttl`` (``short_ttl`` when it is not to be remembered), and using it extends that, at most once
+    per ``update_age`` and never past ``max_lifetime`` (``None``: no cap). It is fresh until ``fresh_age`` after it was
+    created (zero: always). A user keeps the newest ``max_sessions`` (``None``: all). ``tokens`` says how tokens are
+    stored; ``ipv6_network_only`` stores only the /64 network of an IPv6 address.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        clock: Clock = utc_now,
+        ttl: timedelta = timedelta(days=7),
+        update_age: timedelta = timedelta(days=1),
+        short_ttl: timedelta = timedelta(days=1),
+        max_lifetime: timedelta | None = timedelta(days=30),
+        fresh_age: timedelta = timedelta(days=1),
+        max_sessions: int | None = None,
+        tokens: TokenStorage = "digest",
+        ipv6_network_only: bool = False,
+    ) -> None:
+        least = timedelta(milliseconds=1)
+        self._ttl = inputs.duration("ttl", ttl, min=least)
+        self._short_ttl = inputs.duration("short_ttl", short_ttl, min=least)
+        self._max_lifetime = None if max_lifetime is None else inputs.duration("max_lifetime", max_lifetime, min=least)
+        self._fresh_age = inputs.duration("fresh_age", fresh_age)
+        self._max_sessions = None if max_sessions is None else inputs.whole_number("max_sessions", max_sessions, min=1)
+        if not inputs.duration("update_age", update_age) < ttl:
+            raise InvalidInputError("update_age", "it is not shorter than ttl", "a shorter timedelta")
+        if tokens not in ("digest", "plain", "digest+plain"):
+            raise InvalidInputError("tokens", "it is unknown", '"digest", "plain" or "digest+plain"')
+        self._engine = engine
+        self._clock = clock
+        self._tokens = tokens
+        self._ipv6_network_only = ipv6_network_only
+        self._validator = Validator(engine, ttl=ttl, update_age=update_age, max_lifetime=max_lifetime)
+
+    async def create(
+        self, user_id: str, *, ip_address: str | None = None, user_agent: str | None = None, remember: bool = True
+    ) -> IssuedSession:
+        """Start a session and return it with its token, which is not shown again.
+
+        With ``remember=False`` it lives for ``short_ttl`` and is never extended. An IP address that cannot be read is
+        an error; a user agent is cut at 512 characters. With ``max_sessions`` the oldest ones make room.
+        Raises :class:`UserNotFoundError`, :class:`InvalidInputError`.
+        """
+        now = self._now()
+        inputs.identifier("user_id", user_id)
+        token = new_token()
+        ttl = self._ttl if inputs.flag("remember", remember) else self._short_ttl
+        expires_at = now + (ttl if self._max_lifetime is None else min(ttl, self._max_lifetime))
+        session = Session(
+            id=new_id(),
+            user_id=user_id,
+            expires_at=from_db(expires_at),
+            created_at=from_db(now),
+            seen_at=from_db(max(now, expires_at - self._ttl)),
+            ip_address=_ip_address(ip_address, network_only=self._ipv6_network_only),
+            user_agent=_user_agent(user_agent),
+        )
+        row = (
+            session.id,
+            user_id,
+            self._forms(token)[0],
+            expires_at,
+            session.ip_address,
+            session.user_agent,
+            now,
+        )
+        if self._max_sessions is None:
+            await self._engine.fetch(_SQL["create"], *row)
+        else:
+            async with self._engine.transaction():
+                if await self._engine.fetchval(_SQL["lock_user"], user_id) is None:
+                    raise UserNotFoundError(user_id)
+                await self._engine.fetch(
+                    _SQL["delete_beyond"], user_id, self._max_sessions - 1, now, self._max_lifetime
+                )
+                await self._engine.fetch(_SQL["create"], *row)
+        return IssuedSession(session=session, token=token)
+
+    async def validate(self, token: str, *, refresh: bool = True, node: str | None = None) -> SessionWithUser | None:
+        """Return the live session of a token with its user, or ``None``. One statement, and none for what is no token.
+
+        When it is due the expiry is extended, and ``refreshed`` says so. ``refresh=False`` only reads, and then
+        ``node`` may name a replica, which can lag: a session revoked a moment ago may still be live there.
+        """
+        inputs.secret("token", token)
+        if node is not None and refresh:
+            raise InvalidInputError("node", "a replica cannot refresh", "refresh=False with it")
+        if not is_possible(token):
+            return None
+        now = self._now()
+        if refresh:
+            row = await self._validator.find(self._forms(token), now)
+        else:
+            row = await self._engine.fetchrow(
+                _SQL["look_up"], self._forms(token), now, self._ttl, self._max_lifetime, node=node
+            )
+        return None if row is None else _session_with_user(row)
+
+    def coalescing(self) -> AbstractAsyncContextManager[None]:
+        """``async with sessions.coalescing():`` validate on two held connections, all who wait as one statement.
+
+        For a server, whose calls are many at once. Without it each call takes a connection of the pool.
+        """
+        return self._validator.coalescing()
+
+    def is_fresh(self, session: Session) -> bool:
+        """Whether a session is young enough for what asks for a recent login."""
+        return not self._fresh_age or from_db(self._now()) < session.created_at + self._fresh_age
+
+    async def list(
+        self, user_id: str, *, current: str | None = None, limit: int = 50, after: Session | str | None = None
+    ) -> Sequence[Session]:
+        """Return a page of a user's live sessions, newest first.
+
+        ``current`` is the token of the one that asks: it gets ``is_current``. ``after`` is the last session of the page
+        before, or its id (which an application can put in a URL, but which leads nowhere once that session is revoked).
+        """
+        now = self._now()
+        after_id, after_at = (after.id, to_db(after.created_at)) if isinstance(after, Session) else (after, None)
+        rows = await self._engine.fetch(
+            _SQL["list"],
+            inputs.identifier("user_id", user_id),
+            now,
+            self._ttl,
+            self._max_lifetime,
+            [] if current is None else self._possible_forms("current", current),
+            inputs.whole_number("limit", limit, min=1, max=_PAGE_MAX),
+            None if after_id is None else inputs.identifier("after", after_id),
+            after_at,
+        )
+        return [Session.model_validate(dict(row)) for row in rows]
+
+    async def revoke(self, session_id: str, *, user_id: str) -> bool:
+        """End one session of a user; answer whether there was one. Another user's session is left alone."""
+        gone: int = await self._engine.fetchval(
+            _SQL["revoke"], inputs.identifier("session_id", session_id), inputs.identifier("user_id", user_id)
+        )
+        return gone > 0
+
+    async def revoke_others(self, user_id: str, *, keep: str) -> int:
+        """End every session of a user but the one whose token is ``keep``; return how many, expired ones included."""
+        gone: int = await self._engine.fetchval(
+            _SQL["revoke_others"], inputs.identifier("user_id", user_id), self._possible_forms("keep", keep)
+        )
+        return gone
+
+    async def revoke_all(self, user_id: str) -> int:
+        """End every session of a user; return how many, expired ones included."""
+        return await self.revoke_many([user_id])
+
+    async def revoke_many(self, user_ids: Iterable[str]) -> int:
+        """End every session of many users in one statement; return how many, expired ones included."""
+        if isinstance(user_ids, str) or not isinstance(user_ids, Iterable):
+            raise InvalidInputError("user_ids", f"it is a {type(user_ids).__name__}", "several ids")
+        gone: int = await self._engine.fetchval(
+            _SQL["revoke_many"], [inputs.identifier("user_ids", user_id) for user_id in user_ids]
+        )
+        return gone
+
+    async def delete_expired(
+        self, *, limit: int | None = None, batch_size: int = 1000, budget: timedelta | None = None
+    ) -> SweepResult:
+        """Delete the sessions that are no longer live, oldest first, a transaction per batch.
+
+        It stops after ``limit`` rows, and starts no batch once ``budget`` is spent, though always one; ``more`` then
+        says whether rows are left. Any number of sweepers may run at once. Where others write sessions too (``tokens``
+        is not ``"digest"``) it also looks for those past their cap.
+        """
+        now = self._now()
+        most = math.inf if limit is None else inputs.whole_number("limit", limit, min=1)
+        inputs.whole_number("batch_size", batch_size, min=1, max=100_000)
+        seconds = math.inf if budget is None else inputs.duration("budget", budget).total_seconds()
+        stop_at = anyio.current_time() + seconds
+        oldest = now - self._max_lifetime if self._max_lifetime and self._tokens != "digest" else None
+        deleted = batches = tried = 0
+        stopped = False
+        for sql, horizon in ((_SQL["delete_expired"], now), (_SQL["delete_outlived"], oldest)):
+            full = horizon is not None
+            while full and not stopped:
+                wanted = int(min(batch_size, most - deleted))
+                count: int = await self._engine.fetchval(sql, horizon, wanted)
+                tried += 1
+                deleted += count
+                batches += count > 0
+                full = count == wanted
+                stopped = deleted >= most or anyio.current_time() >= stop_at
+        if deleted:
+            _log.info("swept %d expired sessions in %d batches", deleted, batches)
+        more = stopped and bool(await self._engine.fetchval(_SQL["any_expired"], now, oldest))
+        return SweepResult(deleted=deleted, batches=batches, more=more)
+
+    def _now(self) -> datetime:
+        return to_db(to_milliseconds(self._clock()))
+
+    def _forms(self, token: str) -> tuple[str, ...]:
+        """What a token may be stored as; the first is how it is written."""
+        if self._tokens == "plain":
+            return (token,)
+        return (digest(token),) if self._tokens == "digest" else (digest(token), token)
+
+    def _possible_forms(self, field: str, token: str) -> tuple[str, ...]:
+        return self._forms(token) if is_possible(inputs.secret(field, token)) else ()
+
+
+def _session_with_user(row: asyncpg.Record) -> SessionWithUser:
+    """Make a validated answer, in one pass over plain dictionaries: this runs on every request."""
+    id, user_id, expires_at, created_at, seen_at, ip_address, user_agent, refreshed, *rest = row
+    email, name, email_verified, avatar, user_created_at, user_updated_at, *_ = rest
+    return SessionWithUser.model_validate(
+        {
+            "session": {
+                "id": id,
+                "user_id": user_id,
+                "expires_at": expires_at,
+                "created_at": created_at,
+                "seen_at": seen_at,
+                "ip_address": ip_address,
+                "user_agent": user_agent,
+            },
+            "user": {
+                "id": user_id,
+                "email": email,
+                "name": name,
+                "email_verified": email_verified,
+                "avatar": avatar,
+                "created_at": user_created_at,
+                "updated_at": user_updated_at,
+            },
+            "refreshed": refreshed,
+        }
+    )
+
+
+def _ip_address(value: str | None, *, network_only: bool) -> str | None:
+    """Return the canonical text of an IP address: an IPv4-mapped one as IPv4, an IPv6 one without its zone."""
+    if value is None or value == "":
+        return None
+    expected = "an IPv4 or IPv6 address such as 203.0.113.7"
+    if not isinstance(value, str):
+        raise InvalidInputError("ip_address", f"it is a {type(value).__name__}", expected)
+    try:
+        address = ipaddress.ip_address(value)
+    except ValueError:
+        raise InvalidInputError("ip_address", "it cannot be read", expected) from None
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    plain = ipaddress.IPv6Address(int(address))
+    return str(ipaddress.IPv6Network((plain, 64), strict=False) if network_only else plain)
+
+
+def _user_agent(value: str | None) -> str | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        value = value[:_USER_AGENT_MAX]
+    return inputs.text("user_agent", value, max=_USER_AGENT_MAX)

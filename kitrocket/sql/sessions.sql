@@ -1,0 +1,234 @@
+-- The life of a session, in the words that the statements below are written in:
+--   cap     created_at + max_lifetime; without a max_lifetime (NULL) there is none
+--   live    expires_at > now, and cap > now: at the very instant it is dead
+--   short   expires_at - created_at < ttl - 60 s: a session that is not remembered; it never slides
+--   target  the earlier of now + ttl and the cap
+--   due     live, not short, expires_at - ttl + update_age <= now, expires_at < target
+--   seen    the later of created_at and expires_at - ttl
+-- least() and greatest() pass over NULL. Columns hold naive UTC; answers carry their time zone.
+
+-- name: create
+-- Stores a session. A user that does not exist violates the foreign key.
+-- $1 id, $2 user, $3 token as stored, $4 expires_at, $5 IP address, $6 user agent, $7 now
+INSERT INTO sessions (id, user_id, token, expires_at, ip_address, user_agent, created_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7);
+
+-- name: lock_user
+-- Locks a user's row, so that logins of one user are counted one after the other.
+-- $1 user
+SELECT id FROM users WHERE id = $1 FOR NO KEY UPDATE;
+
+-- name: delete_beyond
+-- Deletes a user's oldest live sessions beyond a number. The user's row must have been locked by an earlier statement:
+-- this one's snapshot has to be younger than that wait.
+-- $1 user, $2 number to keep, $3 now, $4 max_lifetime or NULL
+WITH beyond AS MATERIALIZED (
+    SELECT s.id
+    FROM sessions s
+    WHERE s.user_id = $1 AND s.expires_at > $3 AND ($4::interval IS NULL OR s.created_at + $4::interval > $3)
+    ORDER BY s.created_at DESC, s.id DESC
+    OFFSET $2::bigint
+), locked AS MATERIALIZED (
+    SELECT s.id FROM sessions s JOIN beyond ON beyond.id = s.id ORDER BY s.id FOR UPDATE OF s
+)
+DELETE FROM sessions s USING locked WHERE s.id = locked.id;
+
+-- name: validate
+-- Finds a live session with its user, and slides its expiry when that is due; otherwise it writes nothing.
+-- The whole due test stands beside the lock: PostgreSQL repeats it on the row as it is once locked, so that of many
+-- callers one slides. A row that another holds is skipped, so validating never waits.
+-- $1 token as stored, $2 now, $3 ttl, $4 update_age, $5 max_lifetime or NULL
+WITH due AS MATERIALIZED (
+    SELECT s.id, least($2::timestamp + $3::interval, s.created_at + $5::interval) AS target
+    FROM sessions s
+    WHERE s.token = $1
+      AND s.expires_at > $2
+      AND ($5::interval IS NULL OR s.created_at + $5::interval > $2)
+      AND s.expires_at - s.created_at >= $3::interval - interval '60 seconds'
+      AND s.expires_at - $3::interval + $4::interval <= $2
+      AND s.expires_at < least($2::timestamp + $3::interval, s.created_at + $5::interval)
+    FOR NO KEY UPDATE SKIP LOCKED
+), slid AS (
+    UPDATE sessions s SET expires_at = due.target FROM due WHERE s.id = due.id RETURNING s.id, s.expires_at
+), found AS (
+    SELECT s.id, s.user_id, s.ip_address, s.user_agent, s.created_at, slid.id IS NOT NULL AS refreshed,
+           least(coalesce(slid.expires_at, s.expires_at), s.created_at + $5::interval) AS expires_at
+    FROM sessions s
+    LEFT JOIN slid ON slid.id = s.id
+    WHERE s.token = $1
+      AND s.expires_at > $2
+      AND ($5::interval IS NULL OR s.created_at + $5::interval > $2)
+)
+SELECT f.id,
+       f.user_id,
+       f.expires_at AT TIME ZONE 'UTC' AS expires_at,
+       f.created_at AT TIME ZONE 'UTC' AS created_at,
+       greatest(f.created_at, f.expires_at - $3::interval) AT TIME ZONE 'UTC' AS seen_at,
+       nullif(f.ip_address, '') AS ip_address,
+       nullif(f.user_agent, '') AS user_agent,
+       f.refreshed,
+       u.email,
+       u.name,
+       u.email_verified AT TIME ZONE 'UTC' AS email_verified,
+       u.avatar,
+       u.created_at AT TIME ZONE 'UTC' AS user_created_at,
+       u.updated_at AT TIME ZONE 'UTC' AS user_updated_at
+FROM found f
+JOIN users u ON u.id = f.user_id;
+
+-- name: validate_many
+-- As validate, for many tokens, each at an instant of its own. A token may be asked for twice, and slides once.
+-- The answers name the token and the instant that they belong to, and come in any order.
+-- $1 tokens as stored, $2 instants, $3 ttl, $4 update_age, $5 max_lifetime or NULL
+WITH asked AS MATERIALIZED (
+    SELECT a.token, a.instant FROM unnest($1::text[], $2::timestamp[]) AS a (token, instant)
+), due AS MATERIALIZED (
+    SELECT s.id, least(a.instant + $3::interval, s.created_at + $5::interval) AS target
+    FROM asked a
+    JOIN sessions s ON s.token = a.token
+    WHERE s.expires_at > a.instant
+      AND ($5::interval IS NULL OR s.created_at + $5::interval > a.instant)
+      AND s.expires_at - s.created_at >= $3::interval - interval '60 seconds'
+      AND s.expires_at - $3::interval + $4::interval <= a.instant
+      AND s.expires_at < least(a.instant + $3::interval, s.created_at + $5::interval)
+    FOR NO KEY UPDATE OF s SKIP LOCKED
+), slid AS (
+    UPDATE sessions s SET expires_at = due.target FROM due WHERE s.id = due.id RETURNING s.id, s.expires_at
+), found AS (
+    SELECT s.id, s.user_id, s.ip_address, s.user_agent, s.created_at, slid.id IS NOT NULL AS refreshed,
+           least(coalesce(slid.expires_at, s.expires_at), s.created_at + $5::interval) AS expires_at,
+           a.token, a.instant
+    FROM asked a
+    JOIN sessions s ON s.token = a.token
+    LEFT JOIN slid ON slid.id = s.id
+    WHERE s.expires_at > a.instant
+      AND ($5::interval IS NULL OR s.created_at + $5::interval > a.instant)
+)
+SELECT f.id,
+       f.user_id,
+       f.expires_at AT TIME ZONE 'UTC' AS expires_at,
+       f.created_at AT TIME ZONE 'UTC' AS created_at,
+       greatest(f.created_at, f.expires_at - $3::interval) AT TIME ZONE 'UTC' AS seen_at,
+       nullif(f.ip_address, '') AS ip_address,
+       nullif(f.user_agent, '') AS user_agent,
+       f.refreshed,
+       u.email,
+       u.name,
+       u.email_verified AT TIME ZONE 'UTC' AS email_verified,
+       u.avatar,
+       u.created_at AT TIME ZONE 'UTC' AS user_created_at,
+       u.updated_at AT TIME ZONE 'UTC' AS user_updated_at,
+       f.token AS asked_token,
+       f.instant AS asked_instant
+FROM found f
+JOIN users u ON u.id = f.user_id;
+
+-- name: look_up
+-- As validate, without sliding: only reads, so it may run on a replica.
+-- $1 the forms that the token may be stored in, $2 now, $3 ttl, $4 max_lifetime or NULL
+WITH found AS (
+    SELECT s.id, s.user_id, s.ip_address, s.user_agent, s.created_at,
+           least(s.expires_at, s.created_at + $4::interval) AS expires_at
+    FROM sessions s
+    WHERE s.token = ANY ($1::text[])
+      AND s.expires_at > $2
+      AND ($4::interval IS NULL OR s.created_at + $4::interval > $2)
+)
+SELECT f.id,
+       f.user_id,
+       f.expires_at AT TIME ZONE 'UTC' AS expires_at,
+       f.created_at AT TIME ZONE 'UTC' AS created_at,
+       greatest(f.created_at, f.expires_at - $3::interval) AT TIME ZONE 'UTC' AS seen_at,
+       nullif(f.ip_address, '') AS ip_address,
+       nullif(f.user_agent, '') AS user_agent,
+       false AS refreshed,
+       u.email,
+       u.name,
+       u.email_verified AT TIME ZONE 'UTC' AS email_verified,
+       u.avatar,
+       u.created_at AT TIME ZONE 'UTC' AS user_created_at,
+       u.updated_at AT TIME ZONE 'UTC' AS user_updated_at
+FROM found f
+JOIN users u ON u.id = f.user_id;
+
+-- name: list
+-- A page of a user's live sessions, newest first, without their tokens.
+-- $1 user, $2 now, $3 ttl, $4 max_lifetime or NULL, $5 the forms that the current token may be stored in,
+-- $6 number of rows, $7 NULL or the id of the last session of the page before, $8 its created_at, NULL: look it up
+WITH live AS (
+    SELECT s.*, least(s.expires_at, s.created_at + $4::interval) AS ends_at
+    FROM sessions s
+    WHERE s.user_id = $1
+      AND s.expires_at > $2
+      AND ($4::interval IS NULL OR s.created_at + $4::interval > $2)
+      AND ($7::text IS NULL OR (s.created_at, s.id) < (
+          coalesce($8::timestamp, (SELECT p.created_at FROM sessions p WHERE p.id = $7 AND p.user_id = $1)), $7
+      ))
+    ORDER BY s.created_at DESC, s.id DESC
+    LIMIT $6::bigint
+)
+SELECT l.id,
+       l.user_id,
+       l.ends_at AT TIME ZONE 'UTC' AS expires_at,
+       l.created_at AT TIME ZONE 'UTC' AS created_at,
+       greatest(l.created_at, l.ends_at - $3::interval) AT TIME ZONE 'UTC' AS seen_at,
+       nullif(l.ip_address, '') AS ip_address,
+       nullif(l.user_agent, '') AS user_agent,
+       l.token = ANY ($5::text[]) AS is_current
+FROM live l
+ORDER BY l.created_at DESC, l.id DESC;
+
+-- name: revoke
+-- Deletes one session of a user; answers how many rows went.
+-- $1 session, $2 user
+WITH gone AS (DELETE FROM sessions WHERE id = $1 AND user_id = $2 RETURNING 1)
+SELECT count(*) FROM gone;
+
+-- name: revoke_others
+-- Deletes every session of a user but one, expired ones too; answers how many rows went. Rows are locked in id order,
+-- so that two of these statements never wait for each other.
+-- $1 user, $2 the forms that the token to keep may be stored in
+WITH locked AS MATERIALIZED (
+    SELECT s.id FROM sessions s WHERE s.user_id = $1 AND s.token <> ALL ($2::text[]) ORDER BY s.id FOR UPDATE
+), gone AS (
+    DELETE FROM sessions s USING locked WHERE s.id = locked.id RETURNING 1
+)
+SELECT count(*) FROM gone;
+
+-- name: revoke_many
+-- Deletes every session of some users, expired ones too; answers how many rows went.
+-- $1 users
+WITH locked AS MATERIALIZED (
+    SELECT s.id FROM sessions s WHERE s.user_id = ANY ($1::text[]) ORDER BY s.id FOR UPDATE
+), gone AS (
+    DELETE FROM sessions s USING locked WHERE s.id = locked.id RETURNING 1
+)
+SELECT count(*) FROM gone;
+
+-- name: delete_expired
+-- Deletes one batch of expired sessions, oldest first; answers how many rows went. Rows that another holds are skipped:
+-- other sweepers take other rows. The CTE is materialised, since a bare IN (… LIMIT) can run again per row and exceed
+-- the limit; the condition is repeated, since a row may have been extended before it was locked.
+-- $1 now, $2 number of rows
+WITH expired AS MATERIALIZED (
+    SELECT s.id FROM sessions s WHERE s.expires_at <= $1 ORDER BY s.expires_at LIMIT $2::bigint FOR UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM sessions s USING expired WHERE s.id = expired.id AND s.expires_at <= $1 RETURNING 1
+)
+SELECT count(*) FROM gone;
+
+-- name: delete_outlived
+-- As delete_expired, for sessions past their cap, which only another writer keeps beyond it.
+-- $1 now - max_lifetime, $2 number of rows
+WITH outlived AS MATERIALIZED (
+    SELECT s.id FROM sessions s WHERE s.created_at <= $1 ORDER BY s.created_at LIMIT $2::bigint FOR UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM sessions s USING outlived WHERE s.id = outlived.id AND s.created_at <= $1 RETURNING 1
+)
+SELECT count(*) FROM gone;
+
+-- name: any_expired
+-- Whether a session is left to sweep.
+-- $1 now, $2 now - max_lifetime, or NULL when nobody else writes
+SELECT EXISTS (SELECT FROM sessions s WHERE s.expires_at <= $1)
+    OR ($2::timestamp IS NOT NULL AND EXISTS (SELECT FROM sessions s WHERE s.created_at <= $2));
