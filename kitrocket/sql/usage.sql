@@ -5,7 +5,7 @@
 
 -- name: insert
 -- Record a batch; a row whose id is there already is left out, and so is its id from the answer.
--- ids text[], user ids text[], tokens integer[], models text[], instants timestamp[].
+-- $1 ids, $2 user ids, $3 tokens, $4 models, $5 instants: arrays of one length.
 -- Without a conflict target: the key is (id) on one node and (user_id, id) on Citus. Ascending ids, in the order that
 -- Python sorts by, keep two batches from waiting for each other.
 INSERT INTO usage (id, user_id, tokens_used, model, created_at)
@@ -19,14 +19,14 @@ RETURNING id;
 -- name: recorded
 -- Read the rows that an insert found there already. It is a statement of its own because the insert's snapshot
 -- misses a row that was committed while the insert waited for it.
--- ids text[].
+-- $1 ids, an array.
 SELECT id, user_id, tokens_used, model, created_at
 FROM usage
 WHERE id = ANY ($1::text[]);
 
 -- name: total
 -- Sum a user's tokens in a window.
--- user id, since, until or NULL, model or NULL for all.
+-- $1 user, $2 since, $3 until or NULL, $4 model or NULL for all.
 WITH calls AS (
     SELECT tokens_used AS tokens
     FROM usage
@@ -40,7 +40,7 @@ FROM calls;
 
 -- name: by_time
 -- Sum a user's tokens and count the calls by bucket, numbered from 1; a bucket without a call has no row.
--- user id, since, until or NULL, the buckets' beginnings timestamp[] ascending, the first of them since.
+-- $1 user, $2 since, $3 until or NULL, $4 the buckets' beginnings, ascending, the first of them since.
 WITH calls AS (
     SELECT created_at, tokens_used AS tokens
     FROM usage
@@ -55,7 +55,7 @@ ORDER BY bucket;
 
 -- name: by_model
 -- Sum a user's tokens and count the calls by model, the largest sum first.
--- user id, since, until or NULL.
+-- $1 user, $2 since, $3 until or NULL.
 WITH calls AS (
     SELECT model, tokens_used AS tokens
     FROM usage
@@ -70,7 +70,7 @@ ORDER BY tokens DESC, model COLLATE "C";
 
 -- name: top_users
 -- List the users with the largest sums in a window.
--- since, until or NULL, how many.
+-- $1 since, $2 until or NULL, $3 how many.
 WITH calls AS (
     SELECT user_id, tokens_used AS tokens
     FROM usage
