@@ -101,7 +101,9 @@ class Settings(BaseSettings):
     #: Whether tables that are read-only in the Studio may be written there.
     studio_allow_writes: bool = False
 
-    @field_validator("token_keys", "dodo_payments_webhook_key", "plans", "dodo_user_keys", "studio_hosts", mode="before")
+    @field_validator(
+        "token_keys", "dodo_payments_webhook_key", "plans", "dodo_user_keys", "studio_hosts", mode="before"
+    )
     @classmethod
     def _lists_take_commas(cls, value: Any) -> Any:
         return _split(value)
