@@ -165,7 +165,10 @@ async def _apply(connection: Connection, app: str, module: ModuleType) -> None:
 
 def _failed(module: ModuleType, error: Exception) -> MigrationError:
     # The driver's DETAIL may quote rows; translating the error takes it out.
-    return MigrationError(f"migration {module.ID} ({module.DESCRIPTION}) failed: {translated(error)}")
+    text = f"migration {module.ID} ({module.DESCRIPTION}) failed: {translated(error)}"
+    if isinstance(error, asyncpg.DuplicateTableError):
+        text += "; if another tool made the tables, run `kitrocket db adopt`"
+    return MigrationError(text)
 
 
 async def run(connection: Connection, app: str, manager: MigrationManager, *, backwards: bool = False) -> None:

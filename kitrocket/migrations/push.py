@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -52,11 +54,22 @@ async def push(
         await _replace_pushed(connection, package, pushed, tell)
         pushed = _pushed(state_dir)
         before = [module for _, module in sorted({**package, **pushed}.items())]
-        steps = SchemaDiffer(wanted, await _snapshot(before), auto_input=answer).get_alter_statements()
-        if any(step.statements for step in steps):
-            _write(state_dir, steps)
-            pushed = _pushed(state_dir)
-        return await forwards(connection, APP, dict(sorted({**package, **pushed}.items())), tell)
+        steps = _steps(wanted, await _snapshot(before), answer)
+        if not steps:
+            return await forwards(connection, APP, dict(sorted({**package, **pushed}.items())), tell)
+        path = _write(state_dir, steps)
+        try:
+            return await forwards(connection, APP, dict(sorted({**package, **_pushed(state_dir)}.items())), tell)
+        except BaseException:
+            path.unlink()  # so that the next push starts from what stands
+            raise
+
+
+def _steps(wanted: list[DiffableTable], stands: list[DiffableTable], answer: str) -> list[AlterStatements]:
+    """Return what leads from the tables that stand to those that are wanted; ``answer`` is to "was this renamed?"."""
+    with redirect_stdout(StringIO()):  # Piccolo prints a table of its findings
+        steps = SchemaDiffer(wanted, stands, auto_input=answer).get_alter_statements()
+    return steps if any(step.statements for step in steps) else []
 
 
 def _diffable(table: type[Table]) -> DiffableTable:
@@ -107,9 +120,9 @@ async def _replace_pushed(
     if not pushed or not fresh or not done.issuperset(pushed):
         return
     stands = await _snapshot(module for name, module in sorted({**package, **pushed}.items()) if name in done)
-    difference = SchemaDiffer(await _snapshot(package.values()), stands, auto_input="n").get_alter_statements()
+    difference = _steps(await _snapshot(package.values()), stands, "n")
     with_raw_parts = [module.ID for module in fresh if (await module.forwards()).raw]
-    if with_raw_parts or any(step.statements for step in difference):
+    if with_raw_parts or difference:
         raise MigrationError(
             "the package has new migration files that are not what was pushed to this database; start from an empty one"
         )
@@ -127,7 +140,7 @@ def _delete(modules: Iterable[ModuleType]) -> None:
         Path(str(module.__file__)).unlink()
 
 
-def _write(state_dir: Path, steps: Sequence[AlterStatements]) -> None:
+def _write(state_dir: Path, steps: Sequence[AlterStatements]) -> Path:
     """Write a migration file as ``piccolo migrations new --auto`` does."""
     # Here, for they are slow to import and only a push needs them.
     import black
@@ -145,4 +158,6 @@ def _write(state_dir: Path, steps: Sequence[AlterStatements]) -> None:
         app_name=APP,
         description=_DESCRIPTION,
     )
-    Path(meta.migration_path).write_text(black.format_str(text, mode=black.FileMode(line_length=82)), encoding="utf-8")
+    path = Path(meta.migration_path)
+    path.write_text(black.format_str(text, mode=black.FileMode(line_length=82)), encoding="utf-8")
+    return path
