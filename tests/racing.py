@@ -1,0 +1,23 @@
+"""Calls that race each other."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import anyio
+
+
+async def together(calls: Sequence[Callable[[], Awaitable[object]]]) -> list[object]:
+    """Start all calls at once, and return what each answered or raised, in their order."""
+    answers: list[object] = [None] * len(calls)
+
+    async def one(index: int) -> None:
+        try:
+            answers[index] = await calls[index]()
+        except Exception as error:  # noqa: BLE001 - the test looks at every one of them
+            answers[index] = error
+
+    async with anyio.create_task_group() as group:
+        for index in range(len(calls)):
+            group.start_soon(one, index)
+    return answers
