@@ -1,0 +1,1 @@
+"""Thin bridges to web frameworks: parse, call the service, map the result to a status. Each is an optional extra."""

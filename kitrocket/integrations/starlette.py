@@ -1,0 +1,80 @@
+"""Starlette: the route that receives DodoPayments' webhooks.
+
+``Starlette(routes=[webhook_route(kit)])``. The extra is ``pip install "kitrocket[starlette]"``.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import anyio
+
+from kitrocket.errors import DatabaseError, InvalidInputError, MissingExtraError, WebhookError, WebhookTooLargeError
+from kitrocket.kit import KitRocket
+
+try:
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+except ImportError as error:
+    raise MissingExtraError("the Starlette integration", "starlette") from error
+
+logger = logging.getLogger("kitrocket")
+
+#: How long a body may take to arrive, in seconds; the provider gives up after 15.
+_BODY_LIMIT = 20.0
+#: What a sender is told to wait before it tries again, in seconds.
+_RETRY_AFTER = {"retry-after": "30"}
+
+
+def webhook_route(kit: KitRocket, path: str = "/webhooks/dodo") -> Route:
+    """Return the route that hands each POST at ``path`` to ``kit.subscriptions.receive``.
+
+    200 ``{"outcome": …}`` once the delivery is stored, whatever became of it. Refused: 401 (headers, time, signature),
+    400 (not an event), 408 (the body takes too long), 413 (larger than ``webhook_max_bytes``). 503 with Retry-After
+    when no key is configured or the database is away, so that the provider sends it again.
+    """
+
+    async def receive(request: Request) -> JSONResponse:
+        try:
+            with anyio.fail_after(_BODY_LIMIT):
+                body = await read_body(request, kit.settings.webhook_max_bytes)
+        except TimeoutError:
+            return JSONResponse({"error": "timeout"}, 408, {"connection": "close"})
+        except ClientDisconnect:
+            return JSONResponse({"error": "disconnected"}, 400)
+        except WebhookTooLargeError as error:
+            return JSONResponse({"error": error.reason}, error.status_code, {"connection": "close"})
+        return await _answer(kit, body, request)
+
+    return Route(path, receive, methods=["POST"])
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Read a request's body, and stop at the first byte over ``limit``. Raises :class:`WebhookTooLargeError`."""
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
+        raise WebhookTooLargeError("too_large")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise WebhookTooLargeError("too_large")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _answer(kit: KitRocket, body: bytes, request: Request) -> JSONResponse:
+    try:
+        # Starlette's mapping keeps a header that came twice twice, so that it can be refused.
+        receipt = await kit.subscriptions.receive(body, request.headers)
+    except WebhookError as error:
+        return JSONResponse(
+            {"error": error.reason}, error.status_code, _RETRY_AFTER if error.status_code == 503 else None
+        )
+    except InvalidInputError as error:
+        return JSONResponse({"error": error.field}, 400)
+    except DatabaseError as error:
+        logger.error("a webhook could not be stored: %s", error)
+        return JSONResponse({"error": "database_unavailable"}, 503, _RETRY_AFTER)
+    return JSONResponse({"outcome": receipt.outcome})
