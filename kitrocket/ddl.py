@@ -194,6 +194,10 @@ SUBSCRIPTIONS_LIVE = ConcurrentIndex(
 SUBSCRIPTIONS_DODO_ID = ConcurrentIndex(
     "subscriptions_dodo_subscription_id_idx", "subscriptions", "(dodo_subscription_id)"
 )
+SUBSCRIPTIONS_USER_ID = ConcurrentIndex("subscriptions_user_id_idx", "subscriptions", "(user_id)")
+SUBSCRIPTIONS_DODO_CUSTOMER = ConcurrentIndex(
+    "subscriptions_dodo_customer_id_idx", "subscriptions", "(dodo_customer_id)"
+)
 USAGE_USER_CREATED = ConcurrentIndex(
     "usage_user_created_idx", "usage", "(user_id, created_at) INCLUDE (tokens_used, model)"
 )
@@ -207,7 +211,9 @@ SEED_INDEXES: tuple[ConcurrentIndex, ...] = (
     ACCOUNTS_IDENTITY,
     USERS_LOWER_EMAIL,
     SUBSCRIPTIONS_LIVE,
+    SUBSCRIPTIONS_USER_ID,
     SUBSCRIPTIONS_DODO_ID,
+    SUBSCRIPTIONS_DODO_CUSTOMER,
     USAGE_USER_CREATED,
     USAGE_CREATED_AT,
 )

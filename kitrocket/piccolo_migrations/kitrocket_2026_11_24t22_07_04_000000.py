@@ -1,12 +1,17 @@
 from piccolo.apps.migrations.auto.migration_manager import MigrationManager
 
-from kitrocket.ddl import SUBSCRIPTIONS_DODO_ID, SUBSCRIPTIONS_LIVE
+from kitrocket.ddl import (
+    SUBSCRIPTIONS_DODO_CUSTOMER,
+    SUBSCRIPTIONS_DODO_ID,
+    SUBSCRIPTIONS_LIVE,
+    SUBSCRIPTIONS_USER_ID,
+)
 
 ID = "2026-11-24T22:07:04:000000"
 VERSION = "1.38.0"
 DESCRIPTION = "indexes of subscriptions: one live row per user"
 
-INDEXES = (SUBSCRIPTIONS_LIVE, SUBSCRIPTIONS_DODO_ID)
+INDEXES = (SUBSCRIPTIONS_LIVE, SUBSCRIPTIONS_USER_ID, SUBSCRIPTIONS_DODO_ID, SUBSCRIPTIONS_DODO_CUSTOMER)
 
 
 async def forwards():

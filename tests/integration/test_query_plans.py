@@ -1,0 +1,150 @@
+"""The hot statements find their rows by an index, at sizes where reading a whole table would be chosen otherwise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from kitrocket.clock import to_db
+from kitrocket.sql import statements
+from servers import Server
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+NOW = to_db(datetime(2026, 3, 1, 12, tzinfo=UTC))
+WEEK, DAY = timedelta(days=7), timedelta(days=1)
+
+ROWS = """
+INSERT INTO users (id, email, name, email_verified, created_at, updated_at)
+SELECT 'u' || n, 'User' || n || '@Example.com', 'n', '2026-01-01', '2026-01-01', '2026-01-01'
+  FROM generate_series(1, 5000) n;
+INSERT INTO sessions (id, user_id, token, expires_at, created_at)
+SELECT 's' || n, 'u' || 1 + n % 5000, 't' || n, timestamp '2026-03-01' + n * interval '1 minute', '2026-02-25'
+  FROM generate_series(1, 20000) n;
+INSERT INTO accounts (id, user_id, provider, provider_account_id, created_at)
+SELECT 'a' || n, 'u' || 1 + n % 5000, CASE WHEN n <= 5000 THEN 'credential' ELSE 'github' END, n, '2026-01-01'
+  FROM generate_series(1, 20000) n;
+INSERT INTO subscriptions (id, user_id, plan, status, dodo_customer_id, dodo_subscription_id, created_at, updated_at)
+SELECT 'b' || n, 'u' || 1 + n % 5000, 'pro', CASE WHEN n <= 5000 THEN 'active' ELSE 'cancelled' END, 'c' || n, 'd' || n,
+       '2026-01-01', '2026-01-01'
+  FROM generate_series(1, 20000) n;
+INSERT INTO usage (id, user_id, tokens_used, model, created_at)
+SELECT 'r' || n, 'u' || 1 + n % 500, 10, 'm', timestamp '2026-01-01' + n * interval '1 minute'
+  FROM generate_series(1, 100000) n;
+INSERT INTO kitrocket.dodo_subscriptions (subscription_id, user_id, customer_id, product_id, plan, status, event_at,
+                                          event_key, reproject_at, needs_check)
+SELECT 'd' || n, 'u' || 1 + n % 5000, 'c' || n, 'p', 'pro', 'active', '2026-02-01', n,
+       CASE WHEN n % 100 = 0 THEN timestamp '2026-03-02' END, n % 100 = 0
+  FROM generate_series(1, 10000) n;
+INSERT INTO kitrocket.dodo_payments (payment_id, subscription_ids, customer_id, status)
+SELECT 'p' || n, jsonb_build_array('d' || n), 'c' || n, 'succeeded' FROM generate_series(1, 10000) n;
+INSERT INTO kitrocket.webhook_events (webhook_id, type, subscription_id, payment_id, customer_id, user_id, user_hint,
+                                      received_at, finished_at, body_sha256, payload, state, reason, next_attempt_at)
+SELECT 'w' || n, 'subscription.active', 'd' || n, 'p' || n, 'c' || n, 'u' || n, 'gone', '2026-02-01', '2026-02-01', 'x',
+       '{}', CASE WHEN n % 1000 = 0 THEN 'parked' ELSE 'applied' END, CASE WHEN n % 1000 = 0 THEN 'no_user' END,
+       CASE WHEN n % 1000 = 0 THEN timestamp '2026-02-02' END
+  FROM generate_series(1, 20000) n;
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def full(server: Server, template: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to a migrated database with many rows, past any pooler; each EXPLAIN leaves them as they are."""
+    name = await server.direct.create(template=template)
+    connection = await asyncpg.connect(server.url(name, direct=True))
+    try:
+        await connection.execute(ROWS)
+        await connection.execute("VACUUM ANALYZE")
+        yield connection
+    finally:
+        await connection.close()
+        await server.direct.drop(name)
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for part in plan.get("Plans", []):
+        yield from nodes(part)
+
+
+async def plan_of(connection: asyncpg.Connection, sql: str, *arguments: object) -> list[dict[str, Any]]:
+    return list(nodes(json.loads(await connection.fetchval(f"EXPLAIN (FORMAT JSON) {sql}", *arguments))[0]["Plan"]))
+
+
+HOT = [
+    ("sessions", "validate", ("t7", NOW, WEEK, DAY, None), {"sessions_token_unique", "users_pkey"}),
+    ("sessions", "list", ("u7", NOW, WEEK, None, ["t7"], 100, None, None), {"sessions_user_id_idx"}),
+    ("sessions", "revoke_others", ("u7", ["t7"]), {"sessions_user_id_idx"}),
+    ("sessions", "delete_expired", (NOW, 100), {"sessions_expires_at_idx"}),
+    ("accounts", "accounts_of_user", ("u7",), {"accounts_user_id_idx"}),
+    ("users", "user_by_email", ("user7@example.com",), {"users_lower_email_idx"}),
+    ("users", "credential_by_email", ("user7@example.com",), {"users_lower_email_idx", "accounts_user_id_idx"}),
+    ("users", "user_with_subscription", ("u7",), {"users_pkey", "subscriptions_user_id_idx"}),
+    ("subscriptions", "row_of_user", ("u7",), {"subscriptions_user_id_idx"}),
+    ("subscriptions", "access", ("u7",), {"subscriptions_user_id_idx", "dodo_subscriptions_user_id_idx"}),
+    (
+        "subscriptions",
+        "users_of_customer",
+        ("c7",),
+        {"subscriptions_dodo_customer_id_idx", "dodo_subscriptions_customer_id_idx"},
+    ),
+    ("subscriptions", "users_by_verified_email", ("user7@example.com",), {"users_lower_email_idx"}),
+    ("subscriptions", "payments_of_subscription", ("d7",), {"dodo_payments_subscription_ids_idx"}),
+    ("usage", "total", ("u7", NOW - timedelta(days=30), None, None), {"usage_user_created_idx"}),
+    ("usage", "by_model", ("u7", NOW - timedelta(days=30), NOW), {"usage_user_created_idx"}),
+]
+
+
+@pytest.mark.parametrize(("file", "name", "arguments", "expected"), HOT, ids=[f"{row[0]}.{row[1]}" for row in HOT])
+async def test_a_hot_statement_reads_indexes_only(
+    full: asyncpg.Connection, file: str, name: str, arguments: tuple[object, ...], expected: set[str]
+) -> None:
+    plan = await plan_of(full, statements(file)[name], *arguments)
+    assert expected <= {node["Index Name"] for node in plan if "Index Name" in node}
+    assert [node["Relation Name"] for node in plan if node["Node Type"] == "Seq Scan"] == []
+
+
+async def test_sums_are_read_from_the_index_alone(full: asyncpg.Connection) -> None:
+    plan = await plan_of(full, statements("usage")["total"], "u7", NOW - timedelta(days=30), None, None)
+    assert "Index Only Scan" in {node["Node Type"] for node in plan}
+
+
+BY_HAND = [
+    ("SELECT FROM accounts WHERE provider = 'credential' AND provider_account_id = '7'",
+     "accounts_provider_provider_account_id_idx"),
+    ("SELECT FROM subscriptions WHERE dodo_subscription_id = 'd7'", "subscriptions_dodo_subscription_id_idx"),
+    ("SELECT id FROM usage WHERE created_at BETWEEN '2026-01-02' AND '2026-01-03'", "usage_created_at_brin"),
+    ("SELECT FROM kitrocket.webhook_events WHERE state IN ('received', 'parked') AND next_attempt_at <= '2026-03-01'",
+     "webhook_events_due_idx"),
+    ("SELECT FROM kitrocket.webhook_events WHERE state IN ('parked', 'dead') AND reason = 'no_user'",
+     "webhook_events_blocked_idx"),
+    ("SELECT FROM kitrocket.webhook_events WHERE hook_state = 'pending' AND hook_next_at <= '2026-03-01'",
+     "webhook_events_hooks_due_idx"),
+    ("SELECT FROM kitrocket.webhook_events WHERE user_id = 'u7'", "webhook_events_user_id_idx"),
+    ("SELECT FROM kitrocket.webhook_events WHERE subscription_id = 'd7'", "webhook_events_subscription_id_idx"),
+    ("SELECT FROM kitrocket.webhook_events WHERE payment_id = 'p7'", "webhook_events_payment_id_idx"),
+    ("SELECT FROM kitrocket.webhook_events WHERE payload IS NOT NULL AND finished_at <= '2026-01-01'",
+     "webhook_events_finished_idx"),
+    ("SELECT FROM kitrocket.webhook_events ORDER BY received_at DESC LIMIT 10", "webhook_events_received_at_idx"),
+    ("SELECT FROM kitrocket.dodo_subscriptions WHERE reproject_at <= '2026-03-01'",
+     "dodo_subscriptions_reproject_at_idx"),
+    ("SELECT FROM kitrocket.dodo_subscriptions WHERE needs_check", "dodo_subscriptions_needs_check_idx"),
+    ("SELECT FROM kitrocket.dodo_payments WHERE customer_id = 'c7'", "dodo_payments_customer_id_idx"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sql", "index"), BY_HAND, ids=[row[1] for row in BY_HAND])
+async def test_an_index_serves_what_it_is_for(full: asyncpg.Connection, sql: str, index: str) -> None:
+    assert index in {node.get("Index Name") for node in await plan_of(full, sql)}
+
+
+async def test_what_is_due_for_retry_is_found_without_reading_the_inbox(full: asyncpg.Connection) -> None:
+    plan = await plan_of(full, statements("webhooks")["events_to_retry"], NOW)
+    found = {node["Relation Name"] for node in plan if node["Node Type"] == "Seq Scan"}
+    assert "webhook_events" not in found
