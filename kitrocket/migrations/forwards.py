@@ -20,8 +20,7 @@ from piccolo.schema import SchemaDDLBase
 
 from kitrocket import piccolo_migrations
 from kitrocket.ddl import LOCK_TIMEOUT, ConcurrentIndex, Connection, lending
-from kitrocket.driver_errors import translated
-from kitrocket.engine import Engine, choose_conf
+from kitrocket.engine import Engine, choose_conf, translated
 from kitrocket.errors import ConfigurationError, MigrationError, SchemaMismatchError, SchemaNotMigratedError
 
 #: Told a line about each thing that was done or waited for.

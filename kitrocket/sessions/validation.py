@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import anyio
 import asyncpg
 
-from kitrocket.driver_errors import Fault, fault_of
-from kitrocket.engine import Engine, HeldConnection
+from kitrocket.engine import Engine, Fault, HeldConnection, fault_of
 from kitrocket.sql import statements
 
 _SQL = statements("sessions")

@@ -9,7 +9,7 @@ from pathlib import Path
 import certifi
 import pytest
 
-from kitrocket.dsn import connection_arguments, is_transaction_pooler
+from kitrocket.engine.dsn import connection_arguments, is_transaction_pooler
 from kitrocket.errors import ConfigurationError
 
 LOCAL = [

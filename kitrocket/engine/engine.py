@@ -1,4 +1,4 @@
-"""The one door to PostgreSQL.
+"""The engine itself.
 
 :class:`Engine` is a Piccolo ``PostgresEngine``, so it is what ``piccolo_conf.DB`` holds: Piccolo's queries, its
 migrations, Piccolo Admin and kitrocket's services share one pool and one transaction. Beyond Piccolo's engine it
@@ -14,216 +14,29 @@ import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from contextvars import ContextVar
 from datetime import timedelta
-from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import asyncpg
-from piccolo.engine.postgres import PostgresEngine, PostgresTransaction
+from piccolo.engine.postgres import PostgresEngine
 from piccolo.query.base import Query
 from piccolo.querystring import QueryString
 from pydantic import SecretStr
 
-from kitrocket.driver_errors import Fault, fault_of, translated
-from kitrocket.dsn import connection_arguments, is_transaction_pooler
 from kitrocket.embedded import EmbeddedServer
-from kitrocket.errors import ConfigurationError, DatabaseUnavailableError, TransactionError
+from kitrocket.engine.dsn import connection_arguments, is_transaction_pooler
+from kitrocket.engine.held import HeldConnection
+from kitrocket.engine.transaction import END_LIMIT, CurrentTransaction, Transaction
+from kitrocket.engine.translation import Fault, fault_of, translated
+from kitrocket.errors import ConfigurationError, DatabaseUnavailableError
 from kitrocket.settings import Settings
 
 T = TypeVar("T")
 
-#: How long the end of a transaction and the closing of a pool may take, in seconds, before the connection is cut.
-_END_LIMIT = 5.0
-
 
 async def _no_reset(_connection: object) -> None:
     """Reset nothing: no SET, LISTEN or session lock ever stays on a pooled connection, and a round trip is saved."""
-
-
-class Transaction(PostgresTransaction):
-    """A transaction that gives its connection back whatever happens, and nests as a savepoint.
-
-    It belongs to the task that entered it. Used from a child task it raises :class:`TransactionError`, since a
-    connection runs one statement at a time.
-    """
-
-    __slots__ = ("_depth", "closed", "owner")
-
-    engine: Engine
-    _parent: Transaction | None
-
-    def __init__(self, engine: Engine, allow_nested: bool = True) -> None:
-        super().__init__(engine, allow_nested)
-        self.closed = False
-        self.owner: asyncio.Task[Any] | None = None
-        self._depth = 0
-
-    async def __aenter__(self) -> Transaction:
-        self.owner = asyncio.current_task()
-        self._parent = self.engine.current_transaction.get()
-        self._depth = self._parent._depth + 1 if self._parent else 0
-        self.connection = self._parent.connection if self._parent else await self.engine.acquire()
-        try:
-            await self.begin()
-        except BaseException as error:
-            with anyio.CancelScope(shield=True):
-                await self._give_back()
-            if isinstance(error, Exception):
-                raise translated(error) from error
-            raise
-        self.engine.current_transaction.set(self)
-        return self
-
-    async def begin(self) -> None:
-        await self.connection.execute(f"SAVEPOINT {self._savepoint}" if self._parent else "BEGIN")
-
-    async def commit(self) -> None:
-        """Commit, or release the savepoint.
-
-        PostgreSQL answers the COMMIT of a failed transaction with a ROLLBACK and no error; that raises
-        :class:`TransactionError` here, lest a lost write pass for a stored one.
-        """
-        if self._parent:
-            await self.connection.execute(f"RELEASE SAVEPOINT {self._savepoint}")
-        elif await self.connection.execute("COMMIT") == "ROLLBACK":
-            raise TransactionError("a statement of this transaction had failed, so nothing was committed")
-        self._committed = True
-
-    async def rollback(self) -> None:
-        if self._parent:
-            await self.connection.execute(f"ROLLBACK TO SAVEPOINT {self._savepoint}")
-            await self.connection.execute(f"RELEASE SAVEPOINT {self._savepoint}")
-        else:
-            await self.connection.execute("ROLLBACK")
-        self._rolled_back = True
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exception: BaseException | None, traceback: TracebackType | None
-    ) -> Literal[False]:
-        try:
-            with anyio.move_on_after(_END_LIMIT, shield=True) as limit:
-                await self._end(failed=exception is not None)
-            if limit.cancelled_caught:
-                self.connection.terminate()
-                if exception is None:
-                    raise DatabaseUnavailableError("COMMIT was not answered; whether the transaction counts is unknown")
-        finally:
-            self.closed = True
-            self.engine.current_transaction.set(self._parent)
-            with anyio.CancelScope(shield=True):
-                await self._give_back()
-        return False
-
-    async def _end(self, *, failed: bool) -> None:
-        if self._committed or self._rolled_back:
-            return
-        if failed:
-            # When the server is gone the rollback fails too, and must not hide the error that came first.
-            with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-                await self.rollback()
-            return
-        try:
-            await self.commit()
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
-            if self._parent:
-                with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-                    await self.rollback()
-            raise translated(error) from error
-
-    async def _give_back(self) -> None:
-        if self._parent is None:
-            await self.engine.give_back(self.connection)
-
-    @property
-    def _savepoint(self) -> str:
-        return f"kitrocket_{self._depth}"
-
-
-class _CurrentTransaction:
-    """The transaction of the running task: nothing once it is closed, an error in a task that does not own it."""
-
-    def __init__(self) -> None:
-        self._variable: ContextVar[Transaction | None] = ContextVar("kitrocket_current_transaction", default=None)
-
-    def get(self) -> Transaction | None:
-        transaction = self._variable.get()
-        while transaction is not None and transaction.closed:
-            transaction = transaction._parent
-        if transaction is not None and transaction.owner is not asyncio.current_task():
-            raise TransactionError(
-                "this task was started inside a transaction of another task; start child tasks outside of it "
-                "(asyncio.wait_for before Python 3.12 and Starlette's BaseHTTPMiddleware start one too)"
-            )
-        return transaction
-
-    def set(self, transaction: Transaction | None) -> None:
-        self._variable.set(transaction)
-
-
-class HeldConnection:
-    """One connection of its own, kept for a hot statement; it reconnects after it was lost.
-
-    One statement at a time: the caller takes turns.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
-        self._prepared: dict[str, asyncpg.prepared_stmt.PreparedStatement[asyncpg.Record]] = {}
-        self._closed = False
-
-    async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
-        """Run a statement, prepared once per connection. Raises as :meth:`Engine.fetch`.
-
-        A call that is cancelled, or takes too long, costs the connection: one that the driver is still cleaning up can
-        keep the next caller waiting for ever when the network is gone.
-        """
-        try:
-            connection = self._connection
-            if connection is None or connection.is_closed():
-                connection = await self._connect()
-            if self._engine.pooler:
-                return await connection.fetch(sql, *arguments)
-            prepared = self._prepared.get(sql)
-            if prepared is None:
-                prepared = self._prepared[sql] = await connection.prepare(sql)
-            return await prepared.fetch(*arguments)
-        except TimeoutError as error:
-            self._drop()
-            raise translated(error) from error
-        except Exception as error:
-            # A statement that a schema change has outdated is prepared again.
-            self._prepared.clear()
-            raise translated(error) from error
-        except BaseException:
-            self._drop()
-            raise
-
-    async def aclose(self) -> None:
-        """Close the connection, for good."""
-        self._closed = True
-        connection, self._connection = self._connection, None
-        self._prepared.clear()
-        if connection is not None:
-            with anyio.move_on_after(_END_LIMIT, shield=True), suppress(asyncpg.InterfaceError, OSError):
-                await connection.close()
-            if not connection.is_closed():
-                connection.terminate()
-
-    async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
-        self._prepared.clear()
-        if self._closed:
-            raise ConfigurationError("this connection was closed")
-        connection: asyncpg.Connection[asyncpg.Record] = await self._engine.get_new_connection()
-        self._connection = connection
-        return connection
-
-    def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.terminate()
 
 
 class Engine(PostgresEngine):
@@ -242,7 +55,7 @@ class Engine(PostgresEngine):
     Constructing an engine does no input or output.
     """
 
-    current_transaction: _CurrentTransaction  # type: ignore[assignment]  # a ContextVar that knows its owner
+    current_transaction: CurrentTransaction  # type: ignore[assignment]  # a ContextVar that knows its owner
 
     def __init__(
         self,
@@ -275,7 +88,7 @@ class Engine(PostgresEngine):
             log_responses=log_responses,
             extra_nodes={name: self._replica(replica) for name, replica in (replicas or {}).items()},
         )
-        self.current_transaction = _CurrentTransaction()
+        self.current_transaction = CurrentTransaction()
 
     def _replica(self, url: str | SecretStr) -> Engine:
         return Engine(
@@ -354,7 +167,7 @@ class Engine(PostgresEngine):
                 await replica.close_connection_pool()
         pool, self.pool = self.pool, None
         if pool is not None:
-            with anyio.move_on_after(_END_LIMIT, shield=True) as limit:
+            with anyio.move_on_after(END_LIMIT, shield=True) as limit:
                 await pool.close()
             if limit.cancelled_caught:
                 pool.terminate()
@@ -427,10 +240,10 @@ class Engine(PostgresEngine):
         if isinstance(connection, asyncpg.pool.PoolConnectionProxy):
             holder = connection._holder
             with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
-                await holder._pool.release(connection, timeout=_END_LIMIT)
+                await holder._pool.release(connection, timeout=END_LIMIT)
         elif not connection.is_closed():
             with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-                await connection.close(timeout=_END_LIMIT)
+                await connection.close(timeout=END_LIMIT)
 
     async def get_new_connection(self) -> Any:
         """Return a connection outside the pool; the caller closes it."""
@@ -449,7 +262,7 @@ class Engine(PostgresEngine):
         try:
             yield connection
         finally:
-            with anyio.move_on_after(_END_LIMIT, shield=True) as limit:
+            with anyio.move_on_after(END_LIMIT, shield=True) as limit:
                 await connection.close()
             if limit.cancelled_caught:
                 connection.terminate()
