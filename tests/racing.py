@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
+import anyio.lowlevel
+
+from kitrocket.engine import Engine
 
 
 async def together(calls: Sequence[Callable[[], Awaitable[object]]]) -> list[object]:
@@ -21,3 +24,11 @@ async def together(calls: Sequence[Callable[[], Awaitable[object]]]) -> list[obj
         for index in range(len(calls)):
             group.start_soon(one, index)
     return answers
+
+
+async def until_someone_waits(engine: Engine) -> None:
+    """Return once a statement on this database waits for a lock."""
+    while not await engine.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    ):
+        await anyio.lowlevel.checkpoint()

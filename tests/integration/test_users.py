@@ -11,7 +11,7 @@ import anyio.lowlevel
 import argon2
 import asyncpg
 import pytest
-from racing import together
+from racing import together, until_someone_waits
 
 from factories import AT, make_account, make_mirror, make_session, make_subscription, make_usage, make_user
 from kitrocket.engine import Engine
@@ -330,19 +330,23 @@ async def test_delete_counts_what_goes_and_leaves_nothing(users: UserService, en
         await users.delete(user_id)
 
 
-async def test_delete_counts_exactly_while_rows_are_added(users: UserService, engine: Engine) -> None:
+async def test_delete_counts_what_is_about_to_be_committed(users: UserService, engine: Engine) -> None:
     user_id = await make_user(engine)
-    added = 0
+    answers: list[DeletedUser] = []
 
-    async def add() -> None:
-        nonlocal added
-        await make_usage(engine, user_id)
-        added += 1
+    async def delete() -> None:
+        answers.append(await users.delete(user_id))
 
-    answers = await together([*[add] * 10, partial(users.delete, user_id), *[add] * 10])
-    gone = next(answer for answer in answers if isinstance(answer, DeletedUser))
-    assert gone.usage == added
-    assert all(isinstance(answer, DeletedUser | UserNotFoundError | None) for answer in answers)
+    async with engine.direct() as other:
+        transaction = other.transaction()
+        await transaction.start()
+        await other.execute("INSERT INTO usage (id, user_id, tokens_used, model) VALUES ('u', $1, 1, 'm')", user_id)
+        async with anyio.create_task_group() as group:
+            group.start_soon(delete)
+            await until_someone_waits(engine)
+            await transaction.commit()
+    assert answers[0].usage == 1
+    assert await rows(engine, "usage") == 0
 
 
 # -- authenticate ---------------------------------------------------------------------------------------------------
