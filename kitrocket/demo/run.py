@@ -89,7 +89,7 @@ async def _run_on(address: Address, screen: Screen, *, serving: bool, port: int)
         engine = Engine(_url(address, database))
         with screen.step("database") as step:
             applied = await migrate(engine)
-            step.text = f"{database} made, {len(applied)} migrations applied"
+            step.lines = [f"{database}: made, {len(applied)} migrations applied"]
         kit = KitRocket(settings, engine=engine, background=serving)
         async with _served(create_app(kit, studio=serving), port) as running:
             stage = Stage(kit, raw, screen, Checks(), running.port, key)
@@ -110,9 +110,8 @@ def _say_where(screen: Screen, address: Address, database: str, port: int, *, se
     """Say where everything is."""
     screen.say()
     if not serving:
-        screen.say(
-            f"The rows stay in the database {database} until the next run. To look at such rows in the Studio: make up"
-        )
+        screen.say(f"The rows stay in the database {database} until the next run.")
+        screen.say("To look at such rows in a Studio: make up, or kitrocket demo --serve")
         return
     screen.say(f"Webhooks   http://127.0.0.1:{port}/webhooks/dodo")
     screen.say(f"Database   psql -h {address.host} -U {address.user} {database}")

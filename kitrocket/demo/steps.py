@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 from kitrocket.demo import checks, delivery, summary, traffic
 from kitrocket.demo.checks import Checks, Raw, UsageLine
@@ -62,10 +63,10 @@ async def _create_people(stage: Stage) -> list[Person]:
         people, passwords = await traffic.create_people(stage.kit, step.advance)
         signed_in = await traffic.sign_in(stage.kit, passwords)
         await checks.check_people(stage.checks, stage.raw, people, signed_in)
-        step.text = (
-            f"{len(people)} created with passwords; {signed_in.welcomed} signed in,"
-            f" {signed_in.refused} wrong attempts refused"
-        )
+        step.lines = [
+            f"{len(people)} created with passwords",
+            f"{signed_in.welcomed} signed in, {signed_in.refused} wrong attempts refused",
+        ]
     return people
 
 
@@ -86,10 +87,15 @@ def _write_script(stage: Stage, people: Sequence[Person]) -> _Script:
 async def _deliver(stage: Stage, script: _Script) -> Tally:
     requests = delivery.twice_and_shuffled(script.events, stage.key, seed=_SEED)
     with stage.screen.step("webhooks", total=len(requests)) as step:
+        began = perf_counter()
         answers = await delivery.deliver(requests, stage.port, advance=step.advance)
+        rate = len(answers) / (perf_counter() - began)
         tally = delivery.tally(script.events, answers)
         await checks.check_deliveries(stage.checks, stage.raw, script.events, tally)
-        step.text = f"{len(script.events)} events, each delivered twice, in any order: {_statuses(tally.statuses)}"
+        step.lines = [
+            f"{len(script.events)} events, each delivered twice, shuffled",
+            f"{_statuses(tally.statuses)}, {rate:,.0f} a second",
+        ]
     return tally
 
 
@@ -104,18 +110,21 @@ async def _refuse_junk(stage: Stage, script: _Script) -> None:
             statuses[answer.status] += 1
             stage.checks.equal(f"status for {bad.what}", answer.status, bad.status)
         stage.checks.equal("what junk changed", await checks.fingerprint(stage.raw) == before, True)
-        step.text = f"{statuses.total()} bad deliveries refused: {_statuses(statuses)}; nothing changed"
+        step.lines = [
+            f"{statuses.total()} bad deliveries refused: {_statuses(statuses)}",
+            "nothing stored, nothing changed",
+        ]
 
 
 async def _check_sessions(stage: Stage, people: list[Person]) -> None:
     with stage.screen.step("sessions") as step:
         figures = await traffic.run_sessions(stage.kit, stage.raw, people)
         await checks.check_sessions(stage.checks, stage.raw, figures)
-        step.text = (
-            f"{figures.live + figures.revoked} created, {figures.slid} slid, {figures.revoked} revoked;"
-            f" {figures.swept.deleted:,} expired swept in {figures.sweep_seconds:.1f} s"
-            f" during {figures.during_sweep:,} validations"
-        )
+        step.lines = [
+            f"{figures.live + figures.revoked} created, {figures.slid} slid when used, {figures.revoked} revoked",
+            f"{figures.swept.deleted:,} expired swept in {figures.sweep_seconds:.1f} s"
+            f" during {figures.during_sweep:,} validations",
+        ]
 
 
 async def _record_usage(stage: Stage, people: Sequence[Person]) -> tuple[list[UsageLine], list[UsageLine]]:
@@ -124,10 +133,10 @@ async def _record_usage(stage: Stage, people: Sequence[Person]) -> tuple[list[Us
         figures = await traffic.run_usage(stage.kit, entries, step.advance)
         lines = await checks.check_usage(stage.checks, stage.kit, stage.raw, people, entries, figures)
         rate = figures.recorded / figures.seconds
-        step.text = (
-            f"{figures.recorded:,} calls from {traffic.USAGE_CALLERS} callers, {rate:,.0f} a second;"
-            f" {figures.repeated + figures.repeated_in_bulk:,} sent again, counted once"
-        )
+        step.lines = [
+            f"{figures.recorded:,} calls from {traffic.USAGE_CALLERS} callers, {rate:,.0f} a second",
+            f"{figures.repeated + figures.repeated_in_bulk:,} of them sent again, counted once",
+        ]
     return lines
 
 

@@ -22,11 +22,11 @@ _LONGEST = 300
 
 
 class Step:
-    """A step under way; ``text`` is what its line says once it is done."""
+    """A step under way; ``lines`` are what is printed once it is done."""
 
     def __init__(self, advance: Callable[[], object]) -> None:
         self.advance = advance
-        self.text = ""
+        self.lines: list[str] = []
 
 
 class Screen:
@@ -41,7 +41,7 @@ class Screen:
 
     @contextmanager
     def step(self, name: str, *, total: int | None = None) -> Iterator[Step]:
-        """Show a step while the block runs, then its line with the seconds it took."""
+        """Show a step while the block runs, then its lines with the seconds it took."""
         began = perf_counter()
         if self.console.is_terminal:
             with self._bar() as bar:
@@ -50,16 +50,17 @@ class Screen:
                 yield step
         else:
             if total is not None:
-                self.say(f"    {name:<10} {total:,} to go ...")
+                self.say(f"    {name:<9} {total:,} to go ...")
             step = Step(lambda: None)
             yield step
         seconds = perf_counter() - began
-        self.console.print(f" [green]ok[/green] [bold]{name:<10}[/bold] ", end="")
-        self.console.print(f"{step.text}  ({seconds:.1f} s)", markup=False, soft_wrap=True)
+        self.console.print(f" [green]ok[/green] [bold]{name:<9}[/bold] {seconds:5.1f} s  ", end="")
+        for number, line in enumerate(step.lines):
+            self.say(f"{'':<23}{line}" if number else line)
 
     def _bar(self) -> Progress:
         return Progress(
-            TextColumn("    {task.description:<10}"),
+            TextColumn("    {task.description:<9}"),
             BarColumn(bar_width=32),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
