@@ -7,7 +7,7 @@ import string
 from datetime import datetime
 
 _ALPHABET = string.ascii_letters + string.digits
-#: The largest multiple of 62 below 256: bytes from here on are thrown away, or the first letters would come up more often.
+#: The largest multiple of 62 below 256. Bytes from here on are thrown away, or the first letters would come up more.
 _UNBIASED = 256 - 256 % len(_ALPHABET)
 
 
@@ -26,7 +26,7 @@ def new_id() -> str:
 
 
 def new_usage_id(now: datetime) -> str:
-    """Return a UUIDv7 (RFC 9562, section 5.7) for the instant ``now``: 48 bits of Unix milliseconds, then 74 random bits.
+    """Return a UUIDv7 (RFC 9562, section 5.7) for the instant ``now``: 48 bits of Unix milliseconds, 74 random ones.
 
     Time-ordered keys keep inserts at the right edge of the primary key's index.
     """

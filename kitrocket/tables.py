@@ -58,7 +58,7 @@ class UtcNow(TimestampNow):
         return to_db(utc_now())
 
 
-def _user() -> ForeignKey:
+def _user() -> ForeignKey[Users]:
     return ForeignKey(Users, null=False, on_delete=OnDelete.cascade, on_update=OnUpdate.no_action)
 
 

@@ -130,6 +130,7 @@ class CurrentTransaction:
         self._variable: ContextVar[Transaction | None] = ContextVar("kitrocket_current_transaction", default=None)
 
     def get(self) -> Transaction | None:
+        """Return the innermost open transaction; raise :class:`TransactionError` in a task that does not own it."""
         transaction = self._variable.get()
         while transaction is not None and transaction.closed:
             transaction = transaction._parent
@@ -141,4 +142,5 @@ class CurrentTransaction:
         return transaction
 
     def set(self, transaction: Transaction | None) -> None:
+        """Make a transaction, or none, the current one of this task."""
         self._variable.set(transaction)

@@ -1,0 +1,168 @@
+"""The assembly: settings → engine → services → background work."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import Context
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+
+from kitrocket.accounts import AccountService
+from kitrocket.clock import Clock, utc_now
+from kitrocket.embedded import EmbeddedServer
+from kitrocket.engine import Engine, choose_conf
+from kitrocket.maintenance import run_every
+from kitrocket.migrations import check, migrate
+from kitrocket.models import SweepResult
+from kitrocket.sessions import SessionService
+from kitrocket.settings import Settings
+from kitrocket.subscriptions import SubscriptionService
+from kitrocket.usage import UsageService
+from kitrocket.users import UserService
+
+#: How long one tick of the background sweep may take; it comes again soon when rows are left.
+_SWEEP_BUDGET = timedelta(seconds=10)
+
+_logger = logging.getLogger("kitrocket")
+
+
+class KitRocket:
+    """The data layer of an application: ``async with KitRocket() as kit: ...``
+
+    Without settings they are read from the environment, and the engine is ``piccolo_conf.DB`` where that is an
+    :class:`Engine`, so that the application's own Piccolo queries share pool and transactions. ``engine`` hands one
+    over; it wins over a URL in the settings. ``clock`` answers the present instant, timezone-aware. ``background``
+    says whether background work runs while the block is open (``KITROCKET_BACKGROUND=0`` turns it off too).
+
+    Construction does no input or output. Entering the block opens the engine, migrates an embedded database (another
+    one never: :class:`SchemaNotMigratedError`) and starts the background work; leaving it ends that work and closes
+    the engine.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        engine: Engine | None = None,
+        clock: Clock = utc_now,
+        background: bool = True,
+    ) -> None:
+        self.settings = settings or Settings()
+        self.engine = engine or (_engine_of(self.settings) if settings else _engine_of_conf())
+        self.clock = clock
+        self._background = background and self.settings.background
+        self._stack: AsyncExitStack | None = None
+
+        self.users = UserService(self.engine, clock=clock, password_scheme=self.settings.password_scheme)
+        self.accounts = AccountService(
+            self.engine,
+            clock=clock,
+            token_keys=[key.get_secret_value() for key in self.settings.token_keys],
+        )
+        self.sessions = SessionService(
+            self.engine,
+            clock=clock,
+            ttl=self.settings.session_ttl,
+            update_age=self.settings.session_update_age,
+            short_ttl=self.settings.session_short_ttl,
+            max_lifetime=self.settings.session_max_lifetime,
+            fresh_age=self.settings.session_fresh_age,
+            max_sessions=self.settings.session_max_sessions,
+            tokens=self.settings.session_tokens,
+        )
+        self.subscriptions = SubscriptionService(
+            self.engine,
+            clock=clock,
+            webhook_keys=[key.get_secret_value() for key in self.settings.dodo_payments_webhook_key],
+            products=self.settings.dodo_products,
+            plans=self.settings.plans,
+            user_keys=self.settings.dodo_user_keys,
+            honour_paid_period=self.settings.honour_paid_period,
+            past_due_days=self.settings.past_due_days,
+            renewal_leeway_hours=self.settings.renewal_leeway_hours,
+            dispute_policy=self.settings.dispute_policy,
+            max_bytes=self.settings.webhook_max_bytes,
+        )
+        self.usage = UsageService(self.engine, clock=clock)
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.engine)
+            if self.engine.is_embedded:
+                await migrate(self.engine)
+            else:
+                await check(self.engine)
+            await stack.enter_async_context(self.sessions.coalescing())
+            if self._background:
+                await stack.enter_async_context(_owned(self._work))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            with anyio.CancelScope(shield=True):
+                await stack.aclose()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        """Everything in the block, services and Piccolo queries alike, commits together or not at all.
+
+        Inside another one it is a savepoint. It belongs to the task that entered it.
+        """
+        async with self.engine.transaction():
+            yield
+
+    async def _work(self) -> None:
+        """Run the background work until cancelled."""
+        async with anyio.create_task_group() as group:
+            if self.settings.session_sweep_interval:
+                group.start_soon(run_every, "sweep sessions", self._sweep, self.settings.session_sweep_interval)
+
+    async def _sweep(self) -> SweepResult:
+        return await self.sessions.delete_expired(budget=_SWEEP_BUDGET)
+
+
+@asynccontextmanager
+async def _owned(work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """Run ``work`` in a task of its own until the block is left, then cancel and await it.
+
+    A task group entered here would break when a fixture or a framework leaves the block from another task. The task
+    starts with an empty context, or it would inherit a transaction of whoever opened the kit.
+    """
+    task = asyncio.create_task(work(), context=Context())  # noqa: TID251 - the one task whose owner is not a task group
+    try:
+        yield
+    finally:
+        task.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _logger.error("background work ended by itself", exc_info=error)
+
+
+def _engine_of(settings: Settings) -> Engine:
+    return Engine(
+        settings.database_url,
+        direct_url=settings.database_direct_url,
+        pooler=settings.database_pooler,
+        replicas=settings.database_replicas,
+        pool_size=settings.database_pool_size,
+        embedded=None
+        if settings.database_url
+        else EmbeddedServer(settings.data_dir, bin_dir=settings.pg_bin, account=settings.pg_account),
+    )
+
+
+def _engine_of_conf() -> Engine:
+    found = getattr(importlib.import_module(choose_conf()), "DB", None)
+    return found if isinstance(found, Engine) else Engine()
