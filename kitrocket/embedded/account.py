@@ -24,12 +24,15 @@ class Account:
     uid: int
     gid: int
 
-    def run(self, command: Sequence[str | Path], text: str = "") -> subprocess.CompletedProcess[str]:
-        """Run a program to its end, with ``text`` as its standard input."""
+    def run(
+        self, command: Sequence[str | Path], text: str = "", *, seconds: float | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end, with ``text`` as its standard input, for at most so many seconds."""
         user, group, extra_groups = self._switch
         return subprocess.run(
             command,
             input=text,
+            timeout=seconds,
             capture_output=True,
             encoding="utf-8",
             errors="replace",

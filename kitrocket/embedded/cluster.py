@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kitrocket.errors import EmbeddedServerError
 
 #: The name of the superuser and of the database.
 NAME = "kitrocket"
+_LOCALE = "C" if sys.platform == "darwin" else "C.UTF-8"  # macOS has no C.UTF-8; the builtin provider collates anyway
 
 
 def data_version(place: Place) -> str | None:
@@ -63,7 +65,7 @@ def initialise(place: Place, account: Account, binaries: Binaries, *, fsync: boo
     fresh = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
         os.chown(fresh, account.uid, account.gid)
-        options = ["--username", NAME, "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8"]
+        options = ["--username", NAME, "--auth=trust", "--encoding=UTF8", f"--locale={_LOCALE}"]
         if binaries.major >= 17:  # older ones refuse it
             options += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         if not fsync:

@@ -78,17 +78,32 @@ def take_hold(place: Place) -> int:
     return lock
 
 
-def holders(place: Place) -> tuple[int, ...]:
-    """The ids of the processes that use the server; what dead ones left behind is removed on the way."""
-    alive = []
-    for path in place.locks.glob("holder-*"):
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                if try_lock(lock):
-                    path.unlink()
-                else:
-                    alive.append(int(path.name.split("-")[1]))
-            finally:
-                os.close(lock)
-    return tuple(sorted(alive))
+def holders(place: Place) -> dict[int, Path]:
+    """The processes that use the server and their lock files, without changing anything."""
+    return {int(path.name.split("-")[1]): path for path in _holder_files(place) if _is_held(path)}
+
+
+def sweep_holders(place: Place) -> None:
+    """Remove what dead holders left behind. Only in one's turn: a file is made before it is locked."""
+    for path in _holder_files(place):
+        if not _is_held(path):
+            path.unlink(missing_ok=True)
+
+
+def _holder_files(place: Place) -> list[Path]:
+    return sorted(place.locks.glob("holder-*"))
+
+
+def _is_held(path: Path) -> bool:
+    """Whether somebody holds this file. Asks for a shared lock, so that two who ask don't see each other."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False

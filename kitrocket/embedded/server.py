@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from kitrocket.embedded.place import Place, check_socket_dir, make_folders, sett
 from kitrocket.errors import EmbeddedServerError
 
 _ATTEMPTS = 5
+_ANSWER_SECONDS = 10.0
 _LOG_BYTES = 10_000_000
 
 
@@ -94,6 +96,7 @@ class EmbeddedServer:
         self._options = dict(options or {})
         self._announce = announce
         self._hold: int | None = None
+        self._busy = threading.RLock()  # a release waits for a start whose caller was cancelled
 
     @property
     def data_dir(self) -> Path:
@@ -105,7 +108,7 @@ class EmbeddedServer:
 
         Blocks. Calling it again on an object that already has its share proves the server alive, or starts it again.
         """
-        with _explained("start"):
+        with self._busy, _explained("start"):
             if self._announce is not None and self._hold is None:
                 self._announce(f"PostgreSQL runs as {self._account.name}, data in {self.data_dir}{self._place.moved}")
             cluster.check_owner(self._place, self._account)
@@ -128,14 +131,15 @@ class EmbeddedServer:
 
     def release(self) -> None:
         """Give up this object's share; the last one stops the server (fast shutdown). Does nothing without a share."""
-        if self._hold is None:
-            return
-        with _explained("release"):
+        with self._busy, _explained("release"):
+            if self._hold is None:
+                return
             if not self._place.locks.is_dir():  # somebody deleted everything under us; the server ends itself then
                 self._drop_hold()
                 return
             with locks.turn(self._place):
                 self._drop_hold()
+                locks.sweep_holders(self._place)
                 pid = postmaster.find(self._place)
                 if not locks.holders(self._place) and pid is not None:
                     postmaster.interrupt(pid, self._place)
@@ -167,7 +171,7 @@ class EmbeddedServer:
                 running=pid is not None,
                 pid=pid,
                 version=cluster.data_version(self._place),
-                holders=locks.holders(self._place),
+                holders=tuple(sorted(locks.holders(self._place))),
                 data_dir=self.data_dir,
                 socket_dir=postmaster.address_dir(self._place),
             )
@@ -256,10 +260,13 @@ class EmbeddedServer:
         return True
 
     def _answers(self) -> bool:
-        host = postmaster.address_dir(self._place)
-        login = ["-h", str(host), "-p", str(postmaster.PORT), "-U", cluster.NAME, "-d", cluster.NAME]
-        asked = self._account.run([self._binaries.folder / "psql", "-XAtw", *login, "-c", "SELECT 1"])
-        return asked.stdout.strip() == "1"
+        host = str(postmaster.address_dir(self._place))
+        login: list[str | Path] = ["-h", host, "-p", str(postmaster.PORT), "-U", cluster.NAME, "-d", cluster.NAME]
+        command = [self._binaries.folder / "psql", "-XAtw", *login, "-c", "SELECT 1"]
+        try:
+            return self._account.run(command, seconds=_ANSWER_SECONDS).stdout.strip() == "1"
+        except subprocess.TimeoutExpired:
+            return False
 
     def _complaint(self, began: int) -> str:
         """What the server said since this start, without anything that a query could have put into the log."""

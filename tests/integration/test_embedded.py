@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import anyio
 import asyncpg
 import pytest
 
-from kitrocket.embedded import Address, EmbeddedServer
+from kitrocket.embedded import Address, EmbeddedServer, locks
+from kitrocket.embedded.place import Place
 from kitrocket.errors import EmbeddedServerError
 
 pytestmark = pytest.mark.embedded
@@ -98,9 +100,9 @@ def place() -> Iterator[Path]:
     existed = SHARED.is_dir()
     copies = set(SHARED.iterdir()) if existed else set()
     yield folder
-    for locks in [*folder.rglob("*.locks"), *SHARED.glob("*/*.locks")]:
-        if locks.is_relative_to(folder) or locks.parent not in copies:
-            _server(locks.with_suffix("")).stop()
+    for path in [*folder.rglob("*.locks"), *SHARED.glob("*/*.locks")]:
+        if path.is_relative_to(folder) or path.parent not in copies:
+            _server(path.with_suffix("")).stop()
     shutil.rmtree(folder)
     for copy in set(SHARED.iterdir()) - copies if SHARED.is_dir() else ():
         shutil.rmtree(copy)
@@ -108,8 +110,22 @@ def place() -> Iterator[Path]:
         SHARED.rmdir()
 
 
+@pytest.fixture(scope="session")
+def made_once() -> Iterator[Path]:
+    """A data folder to copy, which is quicker than to make one for each test."""
+    folder = Path(tempfile.mkdtemp(prefix="kitrocket-embedded-"))
+    folder.chmod(0o755)
+    one = _server(folder / "pg")
+    one.start()
+    one.release()
+    yield one.data_dir
+    shutil.rmtree(folder)
+
+
 @pytest.fixture
-def server(place: Path) -> Iterator[EmbeddedServer]:
+def server(place: Path, made_once: Path) -> Iterator[EmbeddedServer]:
+    """A server that does not run, with data in ``place / "pg"``."""
+    subprocess.run(["cp", "-a", made_once, place / "pg"], check=True)
     one = _server(place / "pg")
     yield one
     one.release()
@@ -226,7 +242,8 @@ def _without_standard_library(path: str) -> str:
 # -- start, share, stop
 
 
-def test_starts_and_stops(server: EmbeddedServer) -> None:
+def test_starts_and_stops(place: Path) -> None:
+    server = _server(place / "pg")
     address = server.start()
     assert _ask(address, "SELECT current_database() || ' ' || current_user") == "kitrocket kitrocket"
     assert _ask(address, "SHOW server_encoding") == "UTF8"
@@ -285,7 +302,6 @@ def test_options_reach_the_server(place: Path) -> None:
 
 def test_stop_stops_it_whoever_uses_it(server: EmbeddedServer, place: Path, holder: Callable[..., Holder]) -> None:
     assert server.stop() is False
-    assert not list(place.iterdir())
     held = holder(place / "pg")
     held.answer()
     assert server.stop() is True
@@ -329,12 +345,12 @@ def test_two_processes_share_and_the_last_one_stops_it(
     assert not server.status().running
 
 
-def test_many_start_at_once_on_nothing(server: EmbeddedServer, place: Path, holder: Callable[..., Holder]) -> None:
+def test_many_start_at_once_on_nothing(place: Path, holder: Callable[..., Holder]) -> None:
     holders = [holder(place / "pg") for _ in range(4)]
     assert len({one.answer()["server"] for one in holders}) == 1
     for one in holders:
         one.finish()
-    assert not server.status().running
+    assert not _server(place / "pg").status().running
 
 
 def test_killed_application_leaves_a_server_that_the_next_adopts(
@@ -421,6 +437,19 @@ def test_restart_at_once_after_the_postmaster_was_killed(server: EmbeddedServer)
     assert not server.status().running
     assert _ask(server.start(), "SELECT answer FROM kept") == 42
     assert _pid(server) != killed
+
+
+def test_patience_lasts_while_the_log_moves(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long recovery prints a line every ten seconds; without any for a minute there is an error instead of a hang."""
+    monkeypatch.setattr(locks, "_STALLED_SECONDS", 0.2)
+    where = Place(place / "pg", place / "socket")
+    began = time.monotonic()
+    with pytest.raises(EmbeddedServerError, match="in vain for the recovery"):
+        for _ in locks.patience(where, "the recovery"):
+            if (waited := time.monotonic() - began) < 1:
+                with where.log.open("a") as log:
+                    log.write("redo in progress\n")
+    assert waited > 1
 
 
 def test_a_start_waits_for_the_last_process_of_a_killed_server(server: EmbeddedServer) -> None:
@@ -513,7 +542,34 @@ def test_a_data_folder_deleted_under_a_running_server(server: EmbeddedServer, pl
     assert not _is_running(orphan)
 
 
-def test_a_killed_initdb_is_forgotten(server: EmbeddedServer, place: Path, holder: Callable[..., Holder]) -> None:
+def test_looking_does_not_disturb_a_process_that_is_about_to_hold(server: EmbeddedServer, place: Path) -> None:
+    """A holder's file is made before it is locked; who looks in between must leave it there."""
+    server.start()
+    unlocked = place / "pg.locks" / "holder-1-1"
+    unlocked.touch()
+    assert server.status().holders == (os.getpid(),)
+    assert unlocked.exists()
+    server.release()
+    assert not unlocked.exists()
+
+
+def test_a_release_waits_for_a_start_that_nobody_waits_for(place: Path) -> None:
+    """The caller of ``astart`` may be cancelled and release; its thread is still starting."""
+    begun = threading.Event()
+    one = _server(place / "pg", announce=lambda _: begun.set())
+    starting, releasing = threading.Thread(target=one.start), threading.Thread(target=one.release)
+    (place / "pg.locks").mkdir(mode=0o700)
+    with locks.turn(Place(place / "pg", place / "socket")):
+        starting.start()
+        assert begun.wait(10)
+        releasing.start()
+        releasing.join(0.2)
+    starting.join(30)
+    releasing.join(30)
+    assert not one.status().running
+
+
+def test_a_killed_initdb_is_forgotten(place: Path, holder: Callable[..., Holder]) -> None:
     """A bin folder whose initdb stops half-way lets us kill the application in the middle."""
     real = _packaged_binaries()
     slow = place / "bin"
@@ -529,7 +585,9 @@ def test_a_killed_initdb_is_forgotten(server: EmbeddedServer, place: Path, holde
     killed.kill()
     os.kill(initdb, signal.SIGKILL)
     assert [path for path in place.iterdir() if ".new-" in path.name]
-    assert _ask(server.start()) == 1
+    one = _server(place / "pg")
+    assert _ask(one.start()) == 1
+    one.release()
     assert not [path for path in place.iterdir() if ".new-" in path.name]
 
 
@@ -580,9 +638,11 @@ def test_a_folder_with_something_else_in_it(place: Path) -> None:
     assert _server(place / "pg").status().holders == ()
 
 
-def test_an_empty_folder_will_do(server: EmbeddedServer) -> None:
-    server.data_dir.mkdir()
-    assert _ask(server.start()) == 1
+def test_an_empty_folder_will_do(place: Path) -> None:
+    (place / "pg").mkdir()
+    one = _server(place / "pg")
+    assert _ask(one.start()) == 1
+    one.release()
 
 
 def test_data_of_another_major_version(server: EmbeddedServer) -> None:
