@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import anyio
 import anyio.lowlevel
@@ -18,8 +20,10 @@ from kitrocket.engine import Engine
 from kitrocket.errors import EmailTakenError, InvalidInputError, UserNotFoundError
 from kitrocket.models import DeletedUser, User
 from kitrocket.passwords import hash_password, verify_password
+from kitrocket.subscriptions import SubscriptionService
 from kitrocket.testing import ManualClock
 from kitrocket.users import UserService
+from servers import Server
 
 pytestmark = pytest.mark.asyncio
 
@@ -228,11 +232,13 @@ async def test_a_user_with_a_subscription_is_one_statement(
 
 async def test_the_live_row_counts_then_the_known_one_then_the_newest(users: UserService, engine: Engine) -> None:
     user_id = await make_user(engine)
+    subscriptions = SubscriptionService(engine)
 
     async def chosen() -> str:
         both = await users.get_with_subscription(user_id)
         assert both is not None
         assert both.subscription is not None
+        assert both.subscription == await subscriptions.get(user_id)
         return both.subscription.id
 
     await make_subscription(engine, user_id, id="old", status="cancelled", at=AT - timedelta(days=3))
@@ -526,11 +532,24 @@ async def test_values_at_their_limits(users: UserService) -> None:
             await users.create(**{"email": "grace@example.com", "name": "Grace"} | values)
 
 
-async def test_what_is_stored_is_utc_whatever_the_zone_of_the_clock(engine: Engine) -> None:
-    from zoneinfo import ZoneInfo
-
-    new_york = AT.astimezone(ZoneInfo("America/New_York"))
-    user = await UserService(engine, clock=lambda: new_york).create(email="ada@example.com", name="Ada")
-    assert await engine.fetchval("SELECT created_at FROM users") == AT.replace(tzinfo=None)
-    assert user.created_at == AT
+async def test_what_is_stored_is_utc_wherever_clock_process_and_database_are(
+    engine: Engine, server: Server, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_york = ZoneInfo("America/New_York")
+    await engine.fetch(f"ALTER DATABASE {database} SET timezone = 'America/New_York'")
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        async with server.engine(database) as elsewhere:
+            users = UserService(elsewhere, clock=lambda: AT.astimezone(new_york))
+            user = await users.create(email="ada@example.com", name="Ada")
+            verified = await users.mark_email_verified(user.id)
+            renamed = await users.update(user.id, name="Ada L.")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    stored = await engine.fetchrow("SELECT created_at, updated_at, email_verified FROM users")
+    assert stored is not None
+    assert set(stored) == {AT.replace(tzinfo=None)}
+    assert {user.created_at, verified.email_verified, renamed.updated_at} == {AT}
     assert user.created_at.tzinfo is UTC
