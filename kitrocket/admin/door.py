@@ -36,28 +36,31 @@ class Door:
             logger.error("the Studio cannot reach the database: %s", error)
             raise HTTPException(503, "The database is away; try again.", {"retry-after": "5"}) from None
         except InvalidInputError as error:
-            raise HTTPException(422, f"A value cannot be stored: expected {error.expected}.") from None
+            raise refusal("a", f"it cannot be stored; expected {error.expected}") from None
         except KitRocketError as error:
-            raise HTTPException(422, str(error)) from None
+            raise refusal("a", str(error)) from None
         except asyncpg.PostgresError as error:
             if (error.sqlstate or "")[:2] not in ("22", "23"):
                 raise
-            raise HTTPException(422, _explained(error)) from None
+            raise _explained(error) from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
 
-def _explained(error: asyncpg.PostgresError) -> str:
+def refusal(field: str, problem: str) -> HTTPException:
+    """Return a 422 in the form that the Studio shows in words: "<field> field - <problem>"."""
+    return HTTPException(422, [{"loc": ["body", field], "msg": problem, "type": "value_error"}])  # type: ignore[arg-type]  # FastAPI's form
+
+
+def _explained(error: asyncpg.PostgresError) -> HTTPException:
     """Say what is wrong without the driver's text, which may quote a value."""
-    column = getattr(error, "column_name", None)
     constraint = getattr(error, "constraint_name", None)
+    field = getattr(error, "column_name", None) or constraint or "a"
     if isinstance(error, asyncpg.NotNullViolationError):
-        return f"{column} may not be empty."
+        return refusal(field, "it may not be empty")
     if isinstance(error, asyncpg.UniqueViolationError):
-        return f"Another row already has this value ({constraint})."
+        return refusal(field, "another row already has this value")
     if isinstance(error, asyncpg.ForeignKeyViolationError):
-        return f"The row it refers to does not exist, or is still in use ({constraint})."
-    if constraint:
-        return f"The value is not allowed ({constraint})."
-    return "A value is not one that this column or query can take."
+        return refusal(field, "the row it refers to does not exist, or is still in use")
+    return refusal(field, "not a value that this column or query can take")

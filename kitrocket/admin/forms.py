@@ -17,6 +17,7 @@ from piccolo_api.crud.validators import Validators
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from kitrocket.admin.door import refusal
 from kitrocket.clock import Clock, to_db
 from kitrocket.errors import InvalidInputError
 from kitrocket.inputs import email
@@ -71,18 +72,18 @@ def _cleaned(column: Column, value: Any) -> Any:
     """Return a form's value as the column stores it. Raises a 422 for a secret, which only the services may write."""
     if column._meta.secret:
         if value not in (None, ""):
-            raise HTTPException(422, f"{column._meta.name} is a secret; the Studio does not write it.")
+            raise refusal(column._meta.name, "it is a secret, which the Studio does not write; leave it empty")
         return None
     if isinstance(value, datetime) and value.tzinfo is not None:
         try:
             return to_db(value)
         except OverflowError:
-            raise HTTPException(422, f"{column._meta.name}: expected a time from year 1 to 9999, in UTC.") from None
+            raise refusal(column._meta.name, "expected a time from year 1 to 9999, in UTC") from None
     if column._meta.name == "email" and value is not None:
         try:
             return email("email", value)
         except InvalidInputError as error:
-            raise HTTPException(422, str(error)) from None
+            raise refusal("email", f"{error.problem}; expected {error.expected}") from None
     return value
 
 

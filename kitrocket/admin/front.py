@@ -89,7 +89,7 @@ def _refusal(scope: Scope, body: bytes | None) -> JSONResponse | None:
     if path.endswith(("/login/", "/change-password/")) and not all(
         isinstance(value, str) for value in content.values()
     ):
-        return JSONResponse({"detail": "User name and password are text."}, 422)
+        return JSONResponse({"detail": "User name and password are text."}, 400)
     return None
 
 

@@ -141,6 +141,8 @@ def _columns(table: type[Table], users: type[Table] = tables.Users) -> dict[str,
         column._meta.secret = column._meta.secret or name in _HIDDEN.get(table._meta.tablename, ())
         has_default = column._meta.params.get("default") is not None
         column._meta.required = not (null or has_default or column._meta.secret or column._meta.primary_key)
+        if column._meta.secret:
+            column._meta.help_text = "Hidden. Leave it empty: what is stored is kept."
         found[name] = column
     return found
 
