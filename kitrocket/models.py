@@ -118,6 +118,14 @@ class WebhookReceipt(Value):
     outcome: WebhookOutcome
 
 
+class RetryResult(Value):
+    """How many unfinished webhooks were tried again, how many of them are finished now, and how many were given up."""
+
+    tried: int
+    finished: int
+    dead: int
+
+
 class UsageRecord(Value):
     """One AI call, committed. ``duplicate`` says that its id had been recorded before."""
 
@@ -185,6 +193,7 @@ __all__ = [
     "DeletedUser",
     "IssuedSession",
     "RecordedUsage",
+    "RetryResult",
     "Session",
     "SessionWithUser",
     "Subscription",

@@ -46,6 +46,10 @@ def _word(value: object) -> str:
     return value
 
 
+def _amount(value: object) -> str:
+    return _word(str(value) if isinstance(value, int | float) else value)
+
+
 def _metadata(value: object) -> object:
     # An empty map comes as [] from some languages.
     return value or {}
@@ -128,12 +132,12 @@ class RefundState(_Read):
 
 
 class DisputeState(_Read):
-    """A dispute; ``dispute_status`` is ``dispute_opened`` and the like."""
+    """A dispute; ``dispute_status`` is ``dispute_opened`` and the like, ``amount`` a decimal number as text."""
 
     dispute_id: Word
     payment_id: Word
     dispute_status: Word = "dispute_opened"
-    amount: str | int | float | None = None
+    amount: Annotated[str, BeforeValidator(_amount)] | None = None
     created_at: Instant | None = None
 
 

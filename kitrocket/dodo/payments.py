@@ -29,9 +29,12 @@ _BEGINNING = datetime.min.replace(tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Claim:
-    """A refund or a dispute. ``amount`` is in minor units; ``None`` on a refund means all of the payment."""
+    """A refund or a dispute.
 
-    amount: int | None
+    A refund's ``amount`` is in minor units, and ``None`` means all of the payment; a dispute's is text, as it came.
+    """
+
+    amount: int | str | None
     status: str
     at: datetime
 
@@ -100,7 +103,7 @@ class Payment:
         returned = 0
         for claim in sorted(self.refunds.values(), key=lambda claim: claim.at):
             if claim.status == "succeeded":
-                returned += self.total_amount or 0 if claim.amount is None else claim.amount
+                returned += claim.amount if isinstance(claim.amount, int) else self.total_amount or 0
                 if returned >= (self.total_amount or 0):
                     return claim.at
         return None
@@ -173,14 +176,14 @@ def _of_refund(refund: RefundState, at: datetime) -> Claim:
 
 
 def _of_dispute(dispute: DisputeState, at: datetime) -> Claim:
-    return Claim(None, dispute.dispute_status.removeprefix("dispute_"), at)
+    return Claim(dispute.amount, dispute.dispute_status.removeprefix("dispute_"), at)
 
 
 def _merged(
     known: Mapping[str, Claim], claims: Iterable[tuple[str, Claim]], ranks: Mapping[str, int]
 ) -> dict[str, Claim]:
-    def order(claim: Claim) -> tuple[datetime, int, str, int]:
-        return claim.at, ranks.get(claim.status, 0), claim.status, -1 if claim.amount is None else claim.amount
+    def order(claim: Claim) -> tuple[datetime, int, str, str]:
+        return claim.at, ranks.get(claim.status, 0), claim.status, str(claim.amount)
 
     merged = dict(known)
     for id, claim in claims:

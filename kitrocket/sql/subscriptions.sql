@@ -1,0 +1,173 @@
+-- name: lock_payment
+-- Locks a payment until the end of the transaction. Classes of locks are taken in ascending order: payment,
+-- subscription, user. $1 payment.
+SELECT pg_advisory_xact_lock(1802633217, hashtext($1));
+
+-- name: lock_subscriptions
+-- Locks subscriptions until the end of the transaction, in ascending order of their hashes. $1 ids.
+SELECT pg_advisory_xact_lock(1802633218, hash)
+FROM (SELECT DISTINCT hashtext(id) AS hash FROM unnest($1::text[]) AS id ORDER BY hash) AS hashes;
+
+-- name: lock_users
+-- Locks users' subscription rows until the end of the transaction, in ascending order of their hashes. $1 ids.
+SELECT pg_advisory_xact_lock(1802633219, hash)
+FROM (SELECT DISTINCT hashtext(id) AS hash FROM unnest($1::text[]) AS id ORDER BY hash) AS hashes;
+
+-- name: keep_users
+-- Returns which users exist and keeps them from being deleted until the end of the transaction. $1 ids.
+SELECT id FROM users WHERE id = ANY($1::text[]) ORDER BY id FOR KEY SHARE;
+
+-- name: user_by_id
+-- Whether a user exists. $1 id.
+SELECT id FROM users WHERE id = $1;
+
+-- name: users_of_customer
+-- The users whom the mirror or their row links to a customer, two at most. $1 customer.
+SELECT user_id FROM kitrocket.dodo_subscriptions WHERE customer_id = $1 AND user_id IS NOT NULL
+UNION
+SELECT user_id FROM subscriptions WHERE dodo_customer_id = $1
+LIMIT 2;
+
+-- name: users_by_verified_email
+-- The users with an address that was verified, two at most. $1 e-mail address in lower case.
+SELECT id AS user_id FROM users WHERE lower(email) = $1 AND email_verified IS NOT NULL LIMIT 2;
+
+-- name: snapshots
+-- The mirror's snapshots by their ids. $1 ids.
+SELECT * FROM kitrocket.dodo_subscriptions WHERE subscription_id = ANY($1::text[]) ORDER BY subscription_id;
+
+-- name: snapshots_of_user
+-- A user's snapshots in the mirror. $1 user.
+SELECT * FROM kitrocket.dodo_subscriptions WHERE user_id = $1 ORDER BY subscription_id;
+
+-- name: write_snapshot
+-- Puts a snapshot into the mirror. $1 to $29 in the order of the columns.
+INSERT INTO kitrocket.dodo_subscriptions (
+    subscription_id, user_id, customer_id, product_id, plan, status, created_at, previous_billing_date,
+    next_billing_date, cancel_at_next_billing_date, cancelled_at, expires_at, paused_at, past_due_ends_at,
+    trial_period_days, pending_plan, pending_plan_at, started, event_at, event_key, webhook_id, fetched_at, needs_check,
+    reproject_at, revoked_at, revoked_reason, dispute_open, charged, charge_failed, version
+)
+VALUES (
+    $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25,
+    $26, $27, $28, $29, 1
+)
+ON CONFLICT (subscription_id) DO UPDATE SET
+    user_id = excluded.user_id,
+    customer_id = excluded.customer_id,
+    product_id = excluded.product_id,
+    plan = excluded.plan,
+    status = excluded.status,
+    created_at = excluded.created_at,
+    previous_billing_date = excluded.previous_billing_date,
+    next_billing_date = excluded.next_billing_date,
+    cancel_at_next_billing_date = excluded.cancel_at_next_billing_date,
+    cancelled_at = excluded.cancelled_at,
+    expires_at = excluded.expires_at,
+    paused_at = excluded.paused_at,
+    past_due_ends_at = excluded.past_due_ends_at,
+    trial_period_days = excluded.trial_period_days,
+    pending_plan = excluded.pending_plan,
+    pending_plan_at = excluded.pending_plan_at,
+    started = excluded.started,
+    event_at = excluded.event_at,
+    event_key = excluded.event_key,
+    webhook_id = excluded.webhook_id,
+    fetched_at = excluded.fetched_at,
+    needs_check = excluded.needs_check,
+    reproject_at = excluded.reproject_at,
+    revoked_at = excluded.revoked_at,
+    revoked_reason = excluded.revoked_reason,
+    dispute_open = excluded.dispute_open,
+    charged = excluded.charged,
+    charge_failed = excluded.charge_failed,
+    version = kitrocket.dodo_subscriptions.version + 1
+RETURNING subscription_id;
+
+-- name: payment
+-- A payment of the index. $1 payment.
+SELECT * FROM kitrocket.dodo_payments WHERE payment_id = $1;
+
+-- name: payments_of_subscription
+-- The payments that name a subscription. $1 subscription.
+SELECT * FROM kitrocket.dodo_payments WHERE subscription_ids @> jsonb_build_array($1::text) ORDER BY payment_id;
+
+-- name: write_payment
+-- Puts a payment into the index. $1 payment, $2 subscriptions, $3 customer, $4 status, $5 charge type, $6 amount in
+-- minor units, $7 currency, $8 service periods, $9 created, $10 event time, $11 refunds, $12 disputes.
+INSERT INTO kitrocket.dodo_payments (
+    payment_id, subscription_ids, customer_id, status, charge_type, total_amount, currency, service_periods, created_at,
+    event_at, refunds, disputes
+)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+ON CONFLICT (payment_id) DO UPDATE SET
+    subscription_ids = excluded.subscription_ids,
+    customer_id = excluded.customer_id,
+    status = excluded.status,
+    charge_type = excluded.charge_type,
+    total_amount = excluded.total_amount,
+    currency = excluded.currency,
+    service_periods = excluded.service_periods,
+    created_at = excluded.created_at,
+    event_at = excluded.event_at,
+    refunds = excluded.refunds,
+    disputes = excluded.disputes
+RETURNING payment_id;
+
+-- name: rows_of_user
+-- A user's rows, the one that counts first: live, then one that the mirror knows, then the newest. $1 user.
+-- The ORDER BY stands in users.sql too, and must stay the same.
+SELECT s.*, m.subscription_id IS NOT NULL AS known
+FROM subscriptions s
+LEFT JOIN kitrocket.dodo_subscriptions m ON m.subscription_id = s.dodo_subscription_id
+WHERE s.user_id = $1
+ORDER BY
+    s.status IN ('active', 'trialing', 'past_due') DESC, m.subscription_id IS NOT NULL DESC, s.created_at DESC, s.id DESC;
+
+-- name: row_of_user
+-- The row of a user that counts, chosen as above. $1 user.
+SELECT s.*
+FROM subscriptions s
+LEFT JOIN kitrocket.dodo_subscriptions m ON m.subscription_id = s.dodo_subscription_id
+WHERE s.user_id = $1
+ORDER BY
+    s.status IN ('active', 'trialing', 'past_due') DESC, m.subscription_id IS NOT NULL DESC, s.created_at DESC, s.id DESC
+LIMIT 1;
+
+-- name: access
+-- A user's snapshots, each beside the row of the user that counts; without snapshots the row alone. $1 user.
+SELECT m.*, s.plan AS row_plan, s.status AS row_status, s.current_period_end AS row_period_end, s.known AS row_known
+FROM (SELECT 1) AS one
+LEFT JOIN LATERAL (
+    SELECT r.plan, r.status, r.current_period_end, k.subscription_id IS NOT NULL AS known
+    FROM subscriptions r
+    LEFT JOIN kitrocket.dodo_subscriptions k ON k.subscription_id = r.dodo_subscription_id
+    WHERE r.user_id = $1
+    ORDER BY
+        r.status IN ('active', 'trialing', 'past_due') DESC, k.subscription_id IS NOT NULL DESC, r.created_at DESC,
+        r.id DESC
+    LIMIT 1
+) AS s ON true
+LEFT JOIN kitrocket.dodo_subscriptions m ON m.user_id = $1;
+
+-- name: insert_row
+-- A new row. $1 id, $2 user, $3 plan, $4 status, $5 customer, $6 subscription, $7 period's end, $8 created, $9 updated.
+INSERT INTO subscriptions (
+    id, user_id, plan, status, dodo_customer_id, dodo_subscription_id, current_period_end, created_at, updated_at
+)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+RETURNING id;
+
+-- name: update_row
+-- What a row shows. $1 id, $2 user, $3 plan, $4 status, $5 customer, $6 subscription, $7 period's end, $8 created,
+-- $9 updated.
+UPDATE subscriptions
+SET
+    plan = $3, status = $4, dodo_customer_id = $5, dodo_subscription_id = $6, current_period_end = $7, created_at = $8,
+    updated_at = $9
+WHERE id = $1 AND user_id = $2
+RETURNING id;
+
+-- name: delete_row
+-- A row whose subscription now belongs to somebody else. $1 id, $2 user.
+DELETE FROM subscriptions WHERE id = $1 AND user_id = $2 RETURNING id;

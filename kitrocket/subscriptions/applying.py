@@ -1,0 +1,262 @@
+"""Apply an event: locks, reads, then writes to mirror, index and row. Runs inside the inbox's transaction.
+
+Locks are taken in classes (payment, subscription, user), each in a statement of its own before the reads that it
+protects: a statement that waits for a lock keeps the snapshot from before the wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from kitrocket.dodo.events import (
+    STATUS_RANKS,
+    DisputeState,
+    Event,
+    PaymentState,
+    RefundState,
+    SubscriptionSnapshot,
+    Unreadable,
+    named_user,
+)
+from kitrocket.dodo.payments import Facts, Payment, facts_of
+from kitrocket.dodo.projection import Policy, Snapshot, view
+from kitrocket.engine import Engine
+from kitrocket.inputs import EMAIL_MAX, ID_MAX, normalised_email
+from kitrocket.sql import statements
+from kitrocket.subscriptions.inbox import Verdict
+from kitrocket.subscriptions.mirror import Mirrored, payment_from_row, payment_parameters
+from kitrocket.subscriptions.rows import project_users
+
+_SQL = statements("subscriptions")
+
+#: An event that claims to come from later than this is worth asking the provider about.
+_AHEAD = timedelta(hours=24)
+
+
+class Applier:
+    """Applies events on one engine, under the application's products, user keys and policy."""
+
+    def __init__(
+        self, engine: Engine, *, products: Mapping[str, str], user_keys: Sequence[str], policy: Policy
+    ) -> None:
+        self._engine = engine
+        self._products = products
+        self._user_keys = user_keys
+        self._policy = policy
+
+    async def apply(self, event: Event, webhook_id: str, now: datetime, *, again: bool = False) -> Verdict:
+        """Apply an event and return what it came to. ``again`` writes the row anew even if nothing is new."""
+        content = event.content()
+        problem = self.problem_with(event)
+        if problem is not None:
+            return Verdict("parked", problem)
+        if isinstance(content, SubscriptionSnapshot):
+            return await self._apply_snapshot(content, event, webhook_id, now, again)
+        if isinstance(content, PaymentState | RefundState | DisputeState):
+            return await self._apply_payment(content, event, now, again)
+        return Verdict("ignored")
+
+    def problem_with(self, event: Event) -> str | None:
+        """Return why an event cannot be understood, whatever the database says, or ``None``."""
+        content = event.content()
+        if isinstance(content, Unreadable):
+            return "unreadable"
+        if isinstance(content, SubscriptionSnapshot):
+            if content.status not in STATUS_RANKS:
+                return "unknown_status"
+            if content.product_id not in self._products:
+                return "unknown_product"
+        return None
+
+    async def flag(self, subscription_id: str) -> None:
+        """Note that the provider should be asked about a subscription."""
+        await self._engine.fetch(_SQL["lock_subscriptions"], [subscription_id])
+        for known in await self._mirrored([subscription_id]):
+            if not known.needs_check:
+                await self._keep_users({known.user_id})
+                await self._engine.fetch(_SQL["write_snapshot"], *replace(known, needs_check=True).parameters())
+
+    # -- subscriptions --------------------------------------------------------------------------------------------
+
+    async def _apply_snapshot(
+        self, state: SubscriptionSnapshot, event: Event, webhook_id: str, now: datetime, again: bool
+    ) -> Verdict:
+        await self._engine.fetch(_SQL["lock_subscriptions"], [state.subscription_id])
+        known = next(iter(await self._mirrored([state.subscription_id])), None)
+        linked = known.user_id if known else None
+        target, problem = await self._user_of(state, linked)
+        existing = await self._keep_users({linked, target})
+        if target is not None and target not in existing:
+            target, problem = None, "no_user"
+        linked = linked if linked in existing else None
+
+        key = state.order_key(event.at)
+        loses = known is not None and key < known.event_key
+        if known is None or key > known.event_key:
+            new = await self._new_snapshot(state, event, webhook_id, known, key)
+        else:
+            started = known.snapshot.started or _is_started(state)
+            new = replace(known, snapshot=replace(known.snapshot, started=started))
+        # What lost may give a user to a subscription that has none, and takes none away.
+        new = replace(new, user_id=(linked or target) if loses else (target or linked))
+        new = self._checked(new, event, known, key, now)
+
+        if new != known:
+            await self._engine.fetch(_SQL["write_snapshot"], *new.parameters())
+        if new != known or again:
+            await self._project({linked, new.user_id}, now)
+        if problem is not None and not (loses and linked):
+            return Verdict("parked", problem, user_id=linked, customer_email=_email_of(state))
+        is_stale = loses and known is not None and (new.snapshot, new.user_id) == (known.snapshot, known.user_id)
+        return Verdict("stale" if is_stale else "applied", user_id=new.user_id)
+
+    async def _new_snapshot(
+        self, state: SubscriptionSnapshot, event: Event, webhook_id: str, known: Mirrored | None, key: str
+    ) -> Mirrored:
+        facts = await self._facts(state.subscription_id, state.previous_billing_date)
+        change = state.scheduled_change
+        snapshot = Snapshot(
+            subscription_id=state.subscription_id,
+            customer_id=state.customer.customer_id,
+            plan=self._products[state.product_id],
+            status=state.status,
+            event_at=event.at,
+            created_at=state.created_at,
+            previous_billing_date=state.previous_billing_date,
+            next_billing_date=state.next_billing_date,
+            cancel_at_next_billing_date=state.cancel_at_next_billing_date,
+            cancelled_at=state.cancelled_at,
+            expires_at=state.expires_at,
+            paused_at=state.paused_at,
+            past_due_ends_at=state.past_due_ends_at,
+            trial_period_days=state.trial_period_days,
+            started=_is_started(state) or (known is not None and known.snapshot.started),
+            facts=facts,
+        )
+        return Mirrored(
+            snapshot=snapshot,
+            product_id=state.product_id,
+            event_key=key,
+            pending_plan=self._products.get(change.product_id or "") if change else None,
+            pending_plan_at=change.effective_at if change else None,
+            webhook_id=webhook_id,
+            fetched_at=known.fetched_at if known else None,
+            needs_check=known.needs_check if known else False,
+        )
+
+    def _checked(self, new: Mirrored, event: Event, known: Mirrored | None, key: str, now: datetime) -> Mirrored:
+        """Return ``new`` with its next instant of change, and flagged if the provider should be asked about it."""
+        doubtful = event.at > now and event.at - now > _AHEAD
+        if known is not None:
+            doubtful = doubtful or (event.at == known.snapshot.event_at and key != known.event_key)
+            doubtful = doubtful or (
+                known.fetched_at is not None and key > known.event_key and event.at < known.fetched_at
+            )
+            if (new.snapshot, new.user_id) == (known.snapshot, known.user_id):
+                return replace(new, needs_check=new.needs_check or doubtful)
+        seen = view(new.snapshot, now, self._policy)
+        return replace(
+            new, needs_check=new.needs_check or doubtful, reproject_at=seen.turns_at if seen is not None else None
+        )
+
+    async def _user_of(self, state: SubscriptionSnapshot, linked: str | None) -> tuple[str | None, str | None]:
+        """Return the user of a subscription, or why there is none."""
+        named = named_user(self._user_keys, state.metadata, state.customer.metadata)
+        if named is not None:
+            storable = len(named) <= ID_MAX and "\0" not in named
+            found = await self._engine.fetchval(_SQL["user_by_id"], named) if storable else None
+            return found, None if found else "no_user"
+        if linked is not None:
+            return linked, None
+        candidates = await self._engine.fetch(_SQL["users_of_customer"], state.customer.customer_id)
+        email = _email_of(state)
+        if not candidates and email is not None:
+            candidates = await self._engine.fetch(_SQL["users_by_verified_email"], email)
+        if len(candidates) == 1:
+            return candidates[0]["user_id"], None
+        return None, "ambiguous_user" if candidates else "no_user"
+
+    # -- payments, refunds, disputes ------------------------------------------------------------------------------
+
+    async def _apply_payment(
+        self, state: PaymentState | RefundState | DisputeState, event: Event, now: datetime, again: bool
+    ) -> Verdict:
+        await self._engine.fetch(_SQL["lock_payment"], state.payment_id)
+        row = await self._engine.fetchrow(_SQL["payment"], state.payment_id)
+        known = Payment(state.payment_id) if row is None else payment_from_row(row)
+        merged, newest_at = _merge(known, state, event.at)
+        subscription_ids = sorted(merged.subscription_ids)
+        await self._engine.fetch(_SQL["lock_subscriptions"], subscription_ids)
+        mirrored = await self._mirrored(subscription_ids)
+        existing = await self._keep_users(item.user_id for item in mirrored)
+        if merged != known:
+            await self._engine.fetch(_SQL["write_payment"], *payment_parameters(merged))
+            changed = [user_id for item in mirrored if (user_id := await self._refresh(item, existing, now))]
+            await self._project(changed, now)
+        if again:
+            await self._project(existing, now)
+        user_id = min(existing, default=None)
+        if merged.status is None:
+            return Verdict("parked", "unknown_payment", user_id=user_id)
+        is_stale = merged == known and newest_at is not None and event.at < newest_at
+        return Verdict("stale" if is_stale else "applied", user_id=user_id)
+
+    async def _refresh(self, known: Mirrored, existing: set[str], now: datetime) -> str | None:
+        """Bring a snapshot's facts to what its payments say, and return its user if that changed something."""
+        facts = await self._facts(known.snapshot.subscription_id, known.snapshot.previous_billing_date)
+        if facts == known.snapshot.facts:
+            return None
+        snapshot = replace(known.snapshot, facts=facts)
+        seen = view(snapshot, now, self._policy)
+        user_id = known.user_id if known.user_id in existing else None
+        new = replace(known, snapshot=snapshot, user_id=user_id, reproject_at=seen.turns_at if seen else None)
+        await self._engine.fetch(_SQL["write_snapshot"], *new.parameters())
+        return user_id
+
+    async def _facts(self, subscription_id: str, previous: datetime | None) -> Facts:
+        rows = await self._engine.fetch(_SQL["payments_of_subscription"], subscription_id)
+        return facts_of(subscription_id, previous, [payment_from_row(row) for row in rows])
+
+    # -- both -----------------------------------------------------------------------------------------------------
+
+    async def _mirrored(self, subscription_ids: Sequence[str]) -> list[Mirrored]:
+        rows = await self._engine.fetch(_SQL["snapshots"], subscription_ids)
+        return [Mirrored.from_row(row) for row in rows]
+
+    async def _keep_users(self, user_ids: Iterable[str | None]) -> set[str]:
+        """Lock users and keep them from being deleted; return those that exist."""
+        wanted = sorted({user_id for user_id in user_ids if user_id is not None})
+        if not wanted:
+            return set()
+        await self._engine.fetch(_SQL["lock_users"], wanted)
+        return {row["id"] for row in await self._engine.fetch(_SQL["keep_users"], wanted)}
+
+    async def _project(self, user_ids: Iterable[str | None], now: datetime) -> None:
+        known = {user_id for user_id in user_ids if user_id is not None}
+        await project_users(self._engine, known, now, self._policy)
+
+
+def _is_started(state: SubscriptionSnapshot) -> bool:
+    return state.status not in ("pending", "failed")
+
+
+def _email_of(state: SubscriptionSnapshot) -> str | None:
+    address = state.customer.email
+    if address is None or len(address) > EMAIL_MAX or "\0" in address:
+        return None
+    return normalised_email(address) or None
+
+
+def _merge(
+    known: Payment, state: PaymentState | RefundState | DisputeState, at: datetime
+) -> tuple[Payment, datetime | None]:
+    """Return a payment after an event, and the time of what was known of the event's subject before."""
+    if isinstance(state, PaymentState):
+        return known.with_state(state, at), known.event_at
+    if isinstance(state, RefundState):
+        refund = known.refunds.get(state.refund_id)
+        return known.with_refund(state, at), refund.at if refund else None
+    dispute = known.disputes.get(state.dispute_id)
+    return known.with_dispute(state, at), dispute.at if dispute else None

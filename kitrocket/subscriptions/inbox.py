@@ -1,0 +1,171 @@
+"""The inbox: every verified delivery is stored first, and what became of it is noted beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import asyncpg
+
+from kitrocket.clock import to_db
+from kitrocket.dodo.events import (
+    DisputeState,
+    Event,
+    PaymentState,
+    RefundState,
+    SubscriptionSnapshot,
+    Unreadable,
+    named_user,
+)
+from kitrocket.dodo.signature import Delivery
+from kitrocket.engine import Engine
+from kitrocket.errors import InvalidInputError, WebhookPayloadError
+from kitrocket.inputs import ID_MAX
+from kitrocket.models import WebhookOutcome
+from kitrocket.sql import statements
+from kitrocket.subscriptions.mirror import optional_to_db
+
+_SQL = statements("webhooks")
+
+FINISHED = frozenset({"applied", "stale", "ignored"})
+
+#: An unfinished event is tried again after this, then after four times as long each time, at most the second.
+_FIRST_PAUSE, _LONGEST_PAUSE = timedelta(seconds=60), timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What applying an event came to: a state of the inbox, and for an unfinished one the reason."""
+
+    state: str
+    reason: str | None = None
+    user_id: str | None = None
+    customer_email: str | None = None
+    last_error: str | None = None
+
+    @property
+    def outcome(self) -> WebhookOutcome:
+        """Return the word for it in a receipt."""
+        outcomes: dict[str, WebhookOutcome] = {"applied": "applied", "stale": "stale", "ignored": "ignored"}
+        return outcomes.get(self.state, "parked")
+
+
+class Stored:
+    """A locked row of the inbox."""
+
+    def __init__(self, row: asyncpg.Record) -> None:
+        self.webhook_id: str = row["webhook_id"]
+        self.type: str = row["type"]
+        self.state: str = row["state"]
+        self.attempts: int = row["attempts"]
+        self.is_new: bool = row["deliveries"] == 1
+        self.body_sha256: str = row["body_sha256"]
+        self.subscription_id: str | None = row["subscription_id"]
+        self.payload: str | None = row["payload"]
+
+
+def digest_of(text: str) -> str:
+    """Return the SHA-256 of a body, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Inbox:
+    """The inbox of one engine. ``user_keys`` are the metadata keys of the user id; ``jitter`` answers 0.0 to 1.0."""
+
+    def __init__(self, engine: Engine, *, user_keys: Sequence[str], jitter: Callable[[], float]) -> None:
+        self._engine = engine
+        self._user_keys = user_keys
+        self._jitter = jitter
+
+    async def limit_waiting(self, *, lock: timedelta, statement: timedelta) -> None:
+        """Bound how long each statement of this transaction waits for a lock, and how long it runs."""
+        limits = [f"{limit // timedelta(milliseconds=1)}ms" for limit in (lock, statement)]
+        await self._engine.fetch(_SQL["limit_waiting"], *limits)
+
+    async def store(self, delivery: Delivery, now: datetime) -> Stored:
+        """Store a delivery, or lock the event that was stored before under its id."""
+        event = delivery.event
+        try:
+            row = await self._engine.fetchrow(
+                _SQL["store_event"],
+                delivery.webhook_id,
+                event.type,
+                *_ids(event),
+                self.hint(event),
+                to_db(event.at),
+                to_db(now),
+                digest_of(delivery.text),
+                delivery.text,
+            )
+        except InvalidInputError:
+            # What our parser reads and PostgreSQL's does not. `from None`: the cause knows the body.
+            raise WebhookPayloadError("unstorable") from None
+        assert row is not None
+        return Stored(row)
+
+    def hint(self, event: Event) -> str | None:
+        """Return the user id that the event's metadata names, if one could be stored."""
+        content = event.content()
+        if not isinstance(content, SubscriptionSnapshot | PaymentState):
+            return None
+        name = named_user(self._user_keys, content.metadata, content.customer.metadata if content.customer else {})
+        return name if name is not None and len(name) <= ID_MAX and "\0" not in name else None
+
+    async def take(self, webhook_id: str) -> Stored | None:
+        """Lock a stored event, or return ``None`` when it is gone or another process has it."""
+        row = await self._engine.fetchrow(_SQL["take_event"], webhook_id)
+        return None if row is None else Stored(row)
+
+    async def wait_for(self, webhook_id: str) -> Stored | None:
+        """Lock a stored event, or return ``None`` when there is none."""
+        row = await self._engine.fetchrow(_SQL["wait_for_event"], webhook_id)
+        return None if row is None else Stored(row)
+
+    async def settle(self, stored: Stored, verdict: Verdict, now: datetime) -> None:
+        """Note what became of an event, and when to try an unfinished one again."""
+        unfinished = verdict.state not in FINISHED
+        attempts = stored.attempts + unfinished
+        due = now + self._pause(attempts) if unfinished and verdict.state != "dead" else None
+        noted = await self._engine.fetchval(
+            _SQL["settle_event"],
+            stored.webhook_id,
+            verdict.state,
+            verdict.reason,
+            verdict.user_id,
+            verdict.customer_email,
+            attempts,
+            optional_to_db(due),
+            verdict.last_error,
+            None if unfinished else to_db(now),
+        )
+        if noted is None:
+            raise RuntimeError("an event vanished from the inbox while it was locked")
+
+    async def to_retry(self, now: datetime) -> list[str]:
+        """Return the ids of events that are due, or whose missing user or payment has appeared."""
+        rows = await self._engine.fetch(_SQL["events_to_retry"], to_db(now))
+        return [row["webhook_id"] for row in rows]
+
+    async def of_unknown_kind(self) -> list[tuple[str, str]]:
+        """Return id and body of the events parked for an unknown product or status."""
+        rows = await self._engine.fetch(_SQL["events_of_unknown_kind"])
+        return [(row["webhook_id"], row["payload"]) for row in rows]
+
+    def _pause(self, attempts: int) -> timedelta:
+        times: int = 4 ** min(attempts - 1, 10)
+        return min(_FIRST_PAUSE * times, _LONGEST_PAUSE) * (0.8 + 0.4 * self._jitter())
+
+
+def _ids(event: Event) -> tuple[str | None, str | None, str | None]:
+    """Return the ids of subscription, payment and customer that an event is about."""
+    content = event.content()
+    if isinstance(content, SubscriptionSnapshot):
+        return content.subscription_id, None, content.customer.customer_id
+    if isinstance(content, PaymentState):
+        customer = content.customer.customer_id if content.customer else None
+        return content.subscription_id, content.payment_id, customer
+    if isinstance(content, RefundState | DisputeState):
+        return None, content.payment_id, None
+    return content if isinstance(content, Unreadable) else (None, None, None)

@@ -1,0 +1,111 @@
+"""The mirror and the index as values: rows in, rows out. Instants are UTC here and naive in the columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+from kitrocket.clock import from_db, to_db
+from kitrocket.dodo.events import ServicePeriod, parse_instant
+from kitrocket.dodo.payments import Claim, Facts, Payment
+from kitrocket.dodo.projection import Snapshot
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """A row of ``kitrocket.dodo_subscriptions``: a snapshot and what kitrocket notes about it."""
+
+    snapshot: Snapshot
+    product_id: str
+    event_key: str
+    user_id: str | None = None
+    pending_plan: str | None = None
+    pending_plan_at: datetime | None = None
+    webhook_id: str | None = None
+    fetched_at: datetime | None = None
+    needs_check: bool = False
+    reproject_at: datetime | None = None
+
+    @classmethod
+    def from_row(cls, row: asyncpg.Record) -> Mirrored:
+        """Read a row of the table."""
+        aware = _aware(row)
+        snapshot = Snapshot(**_named(Snapshot, aware), facts=Facts(**_named(Facts, aware)))
+        return cls(snapshot=snapshot, **_named(cls, aware))
+
+    def parameters(self) -> tuple[Any, ...]:
+        """Return the parameters of ``write_snapshot``, in the order of its columns."""
+        item, facts = self.snapshot, self.snapshot.facts
+        values = (
+            *(item.subscription_id, self.user_id, item.customer_id, self.product_id, item.plan, item.status),
+            *(item.created_at, item.previous_billing_date, item.next_billing_date, item.cancel_at_next_billing_date),
+            *(item.cancelled_at, item.expires_at, item.paused_at, item.past_due_ends_at, item.trial_period_days),
+            *(self.pending_plan, self.pending_plan_at, item.started, item.event_at, self.event_key, self.webhook_id),
+            *(self.fetched_at, self.needs_check, self.reproject_at, facts.revoked_at, facts.revoked_reason),
+            *(facts.dispute_open, facts.charged, facts.charge_failed),
+        )
+        return tuple(to_db(value) if isinstance(value, datetime) else value for value in values)
+
+
+def payment_from_row(row: asyncpg.Record) -> Payment:
+    """Read a row of ``kitrocket.dodo_payments``."""
+    aware = _aware(row)
+    return Payment(
+        **_named(Payment, aware)
+        | {
+            "subscription_ids": frozenset(json.loads(row["subscription_ids"])),
+            "service_periods": tuple(ServicePeriod.model_validate(item) for item in json.loads(row["service_periods"])),
+            "refunds": _claims(row["refunds"]),
+            "disputes": _claims(row["disputes"]),
+        }
+    )
+
+
+def payment_parameters(payment: Payment) -> tuple[Any, ...]:
+    """Return the parameters of ``write_payment``."""
+    return (
+        payment.payment_id,
+        json.dumps(sorted(payment.subscription_ids)),
+        payment.customer_id,
+        payment.status,
+        payment.charge_type,
+        payment.total_amount,
+        payment.currency,
+        json.dumps([item.model_dump(mode="json") for item in payment.service_periods]),
+        optional_to_db(payment.created_at),
+        optional_to_db(payment.event_at),
+        _claims_text(payment.refunds),
+        _claims_text(payment.disputes),
+    )
+
+
+def optional_to_db(instant: datetime | None) -> datetime | None:
+    """Convert an instant that may be missing for a column."""
+    return None if instant is None else to_db(instant)
+
+
+def _claims(text: str) -> dict[str, Claim]:
+    stored = json.loads(text)
+    return {id: Claim(item["amount"], item["status"], parse_instant(item["at"])) for id, item in stored.items()}
+
+
+def _claims_text(claims: Mapping[str, Claim]) -> str:
+    return json.dumps(
+        {
+            id: {"amount": claim.amount, "status": claim.status, "at": claim.at.isoformat()}
+            for id, claim in claims.items()
+        }
+    )
+
+
+def _aware(row: asyncpg.Record) -> dict[str, Any]:
+    return {name: from_db(value) if isinstance(value, datetime) else value for name, value in row.items()}
+
+
+def _named(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: values[field.name] for field in fields(kind) if field.name in values}

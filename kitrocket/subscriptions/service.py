@@ -1,0 +1,237 @@
+"""The service: receive webhooks, say what a user's subscription is and what it allows, try again what waits."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Literal, TypeVar
+
+import anyio
+import asyncpg
+from pydantic import SecretStr
+
+from kitrocket import inputs
+from kitrocket.clock import Clock, from_db, utc_now
+from kitrocket.dodo.events import Event, read_event
+from kitrocket.dodo.projection import Policy, access, row_access
+from kitrocket.dodo.signature import Delivery, Verifier
+from kitrocket.engine import Engine, Fault, fault_of
+from kitrocket.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    SubscriptionConflictError,
+    WebhookNotFoundError,
+    WebhookPayloadError,
+)
+from kitrocket.models import Access, RetryResult, Subscription, WebhookOutcome, WebhookReceipt
+from kitrocket.sql import statements
+from kitrocket.subscriptions.applying import Applier
+from kitrocket.subscriptions.inbox import FINISHED, Inbox, Stored, Verdict, digest_of
+from kitrocket.subscriptions.mirror import Mirrored
+from kitrocket.subscriptions.rows import subscription_from_row
+
+T = TypeVar("T")
+
+_SQL = statements("subscriptions")
+_log = logging.getLogger("kitrocket.subscriptions")
+
+#: A delivery is tried three times before the provider is asked to come again, with these pauses in seconds.
+_PAUSES = (0.02, 0.1, 0.0)
+#: All attempts together; the provider gives up after 15 s.
+_TOTAL = timedelta(seconds=9)
+_LOCK, _STATEMENT = timedelta(seconds=2), timedelta(seconds=3)
+
+
+class SubscriptionService:
+    """Subscriptions that follow the provider's webhooks.
+
+    ``webhook_keys`` verify deliveries, any of them; without one :meth:`receive` refuses. ``products`` maps the
+    provider's product ids to plans, ``plans`` names the plans, lowest first. ``user_keys`` are the metadata keys that
+    name the user. ``honour_paid_period`` says whether an immediate cancellation keeps the time that was paid for;
+    ``past_due_days`` is the grace when the provider gives no deadline, ``renewal_leeway_hours`` the wait for a renewal
+    to be confirmed; ``dispute_policy="suspend"`` denies access while a dispute is open. ``max_bytes`` is the largest
+    body; an event that could not be applied ``max_attempts`` times is left alone.
+
+    A key that cannot be one and a product with an unknown plan raise :class:`ConfigurationError`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        clock: Clock = utc_now,
+        webhook_keys: Sequence[str | SecretStr] = (),
+        products: Mapping[str, str] | None = None,
+        plans: Sequence[str] = ("starter", "pro"),
+        user_keys: Sequence[str] = ("kitrocket_user_id", "user_id", "userId"),
+        honour_paid_period: bool = True,
+        past_due_days: int = 3,
+        renewal_leeway_hours: int = 72,
+        dispute_policy: Literal["flag", "suspend"] = "flag",
+        max_bytes: int = 2_097_152,
+        max_attempts: int = 8,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        unknown = sorted(set((products or {}).values()) - set(plans))
+        if unknown:
+            raise ConfigurationError(f"dodo_products: these plans are not in `plans`: {', '.join(unknown)}")
+        if dispute_policy not in ("flag", "suspend"):
+            raise ConfigurationError('dispute_policy: it is "flag" or "suspend"')
+        self._engine = engine
+        self._clock = clock
+        self._max_attempts = max_attempts
+        self._policy = Policy(
+            plans=tuple(plans),
+            honour_paid_period=honour_paid_period,
+            past_due=timedelta(days=past_due_days),
+            renewal_leeway=timedelta(hours=renewal_leeway_hours),
+            dispute_policy=dispute_policy,
+        )
+        self._verifier = Verifier(webhook_keys, max_bytes=max_bytes)
+        self._inbox = Inbox(engine, user_keys=user_keys, jitter=jitter)
+        self._applier = Applier(engine, products=dict(products or {}), user_keys=tuple(user_keys), policy=self._policy)
+
+    async def receive(self, body: bytes, headers: Mapping[str, str]) -> WebhookReceipt:
+        """Verify a delivery, store it, apply it, commit; then say what became of it.
+
+        ``body`` is the request's body as it came, ``headers`` its headers. Only a receipt may be answered with 2xx.
+        Raises a :class:`WebhookError`, with nothing stored, for what cannot be verified or is no event, and
+        :class:`DatabaseUnavailableError`, with nothing stored, when the database is away or too busy.
+        """
+        now = self._clock()
+        delivery = self._verifier.verify(body, headers, now=now)
+        outcome = await self._persist(lambda: self._receive(delivery, now))
+        return WebhookReceipt(webhook_id=delivery.webhook_id, type=delivery.event.type, outcome=outcome)
+
+    async def get(self, user_id: str) -> Subscription | None:
+        """Return the user's subscription: the live one, else the one the provider told of last, or ``None``."""
+        row = await self._engine.fetchrow(_SQL["row_of_user"], inputs.identifier("user_id", user_id))
+        return None if row is None else subscription_from_row(row)
+
+    async def access(self, user_id: str) -> Access:
+        """Return whether the user has access at this instant, to which plan, until when, and why.
+
+        Decided on what the provider told, by the clock; on the row alone (``row_only``) where another writer made it.
+        """
+        now = self._clock()
+        rows = await self._engine.fetch(_SQL["access"], inputs.identifier("user_id", user_id))
+        snapshots = [Mirrored.from_row(row).snapshot for row in rows if row["subscription_id"] is not None]
+        granted = access(snapshots, now, self._policy)
+        row = rows[0]
+        if granted.allowed or row["row_plan"] is None or row["row_known"]:
+            return granted
+        end = row["row_period_end"]
+        return row_access(row["row_plan"], row["row_status"], None if end is None else from_db(end), now, self._policy)
+
+    async def retry_parked(self) -> RetryResult:
+        """Try again what could not be applied: what is due, and what waited for a user, payment, product or status
+        that is known by now, dead or not. Each event is a transaction of its own; several processes share the work.
+        """
+        now = self._clock()
+        due = await self._inbox.to_retry(now)
+        known = [
+            webhook_id
+            for webhook_id, payload in await self._inbox.of_unknown_kind()
+            if self._applier.problem_with(read_event(payload)) is None
+        ]
+        states = [
+            await self._persist(lambda webhook_id=webhook_id: self._retry(webhook_id, now))  # type: ignore[misc]  # mypy cannot type a lambda's default
+            for webhook_id in dict.fromkeys([*due, *known])
+        ]
+        tried = [state for state in states if state is not None]
+        finished = sum(state in FINISHED for state in tried)
+        return RetryResult(tried=len(tried), finished=finished, dead=tried.count("dead"))
+
+    async def replay(self, webhook_id: str) -> WebhookReceipt:
+        """Send a stored event down the same path again, and write its user's row anew.
+
+        Raises :class:`WebhookNotFoundError` for an unknown id and :class:`WebhookPayloadError` when the payload is
+        no longer kept.
+        """
+        now = self._clock()
+        return await self._persist(lambda: self._replay(inputs.identifier("webhook_id", webhook_id), now))
+
+    # -- one transaction each -------------------------------------------------------------------------------------
+
+    async def _receive(self, delivery: Delivery, now: datetime) -> WebhookOutcome:
+        async with self._engine.transaction():
+            await self._inbox.limit_waiting(lock=_LOCK, statement=_STATEMENT)
+            stored = await self._inbox.store(delivery, now)
+            has_other_body = stored.body_sha256 != digest_of(delivery.text)
+            if stored.state in FINISHED and not stored.is_new:
+                if has_other_body and stored.subscription_id is not None:
+                    await self._applier.flag(stored.subscription_id)
+                return "duplicate"
+            event = delivery.event if stored.payload is None else read_event(stored.payload)
+            verdict = await self._apply(event, stored, now)
+            await self._inbox.settle(stored, verdict, now)
+        is_unchanged = not stored.is_new and verdict.state not in FINISHED
+        return "duplicate" if is_unchanged else verdict.outcome
+
+    async def _retry(self, webhook_id: str, now: datetime) -> str | None:
+        async with self._engine.transaction():
+            await self._inbox.limit_waiting(lock=_LOCK, statement=_STATEMENT)
+            stored = await self._inbox.take(webhook_id)
+            if stored is None or stored.payload is None or stored.state in FINISHED:
+                return None
+            verdict = await self._apply(read_event(stored.payload), stored, now)
+            if verdict.state not in FINISHED and stored.attempts + 1 >= self._max_attempts:
+                verdict = Verdict("dead", verdict.reason, verdict.user_id, verdict.customer_email, verdict.last_error)
+            await self._inbox.settle(stored, verdict, now)
+        return verdict.state
+
+    async def _replay(self, webhook_id: str, now: datetime) -> WebhookReceipt:
+        async with self._engine.transaction():
+            await self._inbox.limit_waiting(lock=_LOCK, statement=_STATEMENT)
+            stored = await self._inbox.wait_for(webhook_id)
+            if stored is None:
+                raise WebhookNotFoundError(webhook_id)
+            if stored.payload is None:
+                raise WebhookPayloadError("payload_purged")
+            verdict = await self._apply(read_event(stored.payload), stored, now, again=True)
+            await self._inbox.settle(stored, verdict, now)
+        return WebhookReceipt(webhook_id=webhook_id, type=stored.type, outcome=verdict.outcome)
+
+    async def _apply(self, event: Event, stored: Stored, now: datetime, *, again: bool = False) -> Verdict:
+        """Apply an event in a savepoint, so that one that fails for a reason of its own is still stored."""
+        try:
+            async with self._engine.transaction():
+                return await self._applier.apply(event, stored.webhook_id, now, again=again)
+        except Exception as error:
+            if _is_transient(error):
+                raise
+            name = type(error).__name__
+            state = getattr(error if isinstance(error, asyncpg.PostgresError) else error.__cause__, "sqlstate", None)
+            last_error = f"{name} {state}" if state else name
+            _log.error("webhook %s is stored but could not be applied: %s", stored.webhook_id, last_error)
+            return Verdict("received", last_error=last_error)
+
+    async def _persist(self, unit: Callable[[], Awaitable[T]]) -> T:
+        """Run a transaction that is idempotent by the event's id, again after a transient error.
+
+        Inside a caller's transaction it runs once: only the whole can be repeated.
+        """
+        if self._engine.in_transaction():
+            return await unit()
+        failure: Exception | None = None
+        with anyio.move_on_after(_TOTAL.total_seconds()):
+            for pause in _PAUSES:
+                try:
+                    return await unit()
+                except Exception as error:
+                    if not _is_transient(error):
+                        raise
+                    failure = error
+                await anyio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - jitter is no secret
+        raise DatabaseUnavailableError(
+            "the event could not be stored and applied in time; deliver it again"
+        ) from failure
+
+
+def _is_transient(error: Exception) -> bool:
+    # A lock or a statement that took too long, or another writer's live row, says nothing about the event.
+    if isinstance(error, SubscriptionConflictError | asyncpg.LockNotAvailableError | asyncpg.QueryCanceledError):
+        return True
+    return fault_of(error) is not Fault.NEVER
