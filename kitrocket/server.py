@@ -127,7 +127,7 @@ def listen(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        raise ConfigurationError(f"cannot listen on {host}:{port}: {error}; choose another with --port") from error
+        raise ConfigurationError(f"cannot listen on {host}, port {port}: {error}; choose another address") from error
 
 
 async def serve(
