@@ -77,27 +77,34 @@ async def test_nothing_is_printed(empty: Engine, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr() == ("", "")
 
 
-async def test_eight_processes_may_start_at_once(empty: Engine, empty_database_url: str) -> None:
-    program = (
-        "import asyncio, json, sys\n"
-        "from kitrocket.engine import Engine\n"
-        "from kitrocket.migrations import check, migrate\n"
-        "async def main():\n"
-        "    engine = Engine(sys.argv[1])\n"
-        "    done = await migrate(engine)\n"
-        "    await check(engine)\n"
-        "    print(json.dumps(done))\n"
-        "asyncio.run(main())\n"
-    )
+PROGRAM = """
+import asyncio, json, sys
+from kitrocket.engine import Engine
+from kitrocket.migrations import check, migrate, pending
+
+async def main():
+    engine = Engine(sys.argv[1])
+    await pending(engine)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    done = await migrate(engine)
+    await check(engine)
+    print(json.dumps(done))
+
+asyncio.run(main())
+"""
+
+
+async def test_eight_processes_may_migrate_at_once(empty: Engine, empty_database_url: str) -> None:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, empty_database_url],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(8)
+        subprocess.Popen([sys.executable, "-c", PROGRAM, empty_database_url], text=True, **pipes) for _ in range(8)
     ]
+    for process in processes:
+        assert await anyio.to_thread.run_sync(process.stdout.readline) == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
     ends = [await anyio.to_thread.run_sync(process.communicate) for process in processes]
     assert [process.returncode for process in processes] == [0] * 8, ends
     done = [json.loads(output) for output, _ in ends]
