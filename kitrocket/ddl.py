@@ -24,8 +24,10 @@ from kitrocket.errors import SchemaMismatchError
 LOCK_TIMEOUT = "1s"
 #: The same for a concurrent build, which makes nobody wait: it must outlast the transactions that began before it.
 BUILD_LOCK_TIMEOUT = "60s"
-#: asyncpg's limit for one build, in seconds, in place of the connection's ``command_timeout``.
-_BUILD_LIMIT = 86_400.0
+#: asyncpg's limit for one statement of a migration, in seconds, in place of the connection's ``command_timeout``.
+STATEMENT_LIMIT = 86_400.0
+#: How long tidying up after a failed build may take, in seconds; what is left the next build drops.
+_TIDY_LIMIT = 5.0
 _MOST_NAMED = 20
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -47,7 +49,7 @@ async def execute(sql: str) -> None:
     """Run one statement of a migration, in its transaction if it has one."""
     connection = _lent.get()
     if connection is not None:
-        await connection.execute(sql)
+        await connection.execute(sql, timeout=STATEMENT_LIMIT)
         return
     engine = engine_finder()
     if engine is None:
@@ -107,10 +109,9 @@ class ConcurrentIndex:
                 await self._drop(connection)
             await self.refuse_duplicates(connection)
             try:
-                await connection.execute(self.create, timeout=_BUILD_LIMIT)
+                await connection.execute(self.create, timeout=STATEMENT_LIMIT)
             except BaseException as error:
-                with anyio.CancelScope(shield=True), suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-                    await self._drop(connection)
+                await self._tidy_up(connection)
                 if isinstance(error, asyncpg.UniqueViolationError):
                     await self.refuse_duplicates(connection)
                 raise
@@ -121,7 +122,16 @@ class ConcurrentIndex:
             await self._drop(connection)
 
     async def _drop(self, connection: Connection) -> None:
-        await connection.execute(f"DROP INDEX CONCURRENTLY IF EXISTS public.{self.name}", timeout=_BUILD_LIMIT)
+        await connection.execute(f"DROP INDEX CONCURRENTLY IF EXISTS public.{self.name}", timeout=STATEMENT_LIMIT)
+
+    async def _tidy_up(self, connection: Connection) -> None:
+        """Drop what a failed build left, unless an older transaction holds that up."""
+        with (
+            anyio.move_on_after(_TIDY_LIMIT, shield=True),
+            suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError),
+        ):
+            await connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+            await self._drop(connection)
 
     async def is_valid(self, connection: Connection) -> bool | None:
         """Whether the index is usable; ``None`` when there is none of this name."""
@@ -140,7 +150,7 @@ class ConcurrentIndex:
         """Return a line for each group of rows that this index would refuse, at most twenty."""
         if self.duplicates is None:
             return []
-        rows = await connection.fetch(f"{self.duplicates} LIMIT {_MOST_NAMED + 1}", timeout=_BUILD_LIMIT)
+        rows = await connection.fetch(f"{self.duplicates} LIMIT {_MOST_NAMED + 1}", timeout=STATEMENT_LIMIT)
         lines: list[str] = [row[0] for row in rows[:_MOST_NAMED]]
         return [*lines, "… and more"] if len(rows) > _MOST_NAMED else lines
 

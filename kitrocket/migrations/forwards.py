@@ -19,7 +19,7 @@ from piccolo.query.base import DDL
 from piccolo.schema import SchemaDDLBase
 
 from kitrocket import piccolo_migrations
-from kitrocket.ddl import LOCK_TIMEOUT, ConcurrentIndex, Connection, lending
+from kitrocket.ddl import LOCK_TIMEOUT, STATEMENT_LIMIT, ConcurrentIndex, Connection, lending
 from kitrocket.engine import Engine, choose_conf, translated
 from kitrocket.errors import ConfigurationError, MigrationError, SchemaMismatchError, SchemaNotMigratedError
 
@@ -179,7 +179,7 @@ async def run(connection: Connection, app: str, manager: MigrationManager, *, ba
 
     async def on_connection(query: Any) -> None:
         for statement in _ddl(query):
-            await connection.execute(statement)
+            await connection.execute(statement, timeout=STATEMENT_LIMIT)
 
     manager._run_query = on_connection  # type: ignore[method-assign]  # the one place through which its statements go
     async with connection.transaction() if manager.wrap_in_transaction else nullcontext():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,6 +17,7 @@ import pytest
 import pytest_asyncio
 from catalogue import SEED_SQL, counts, everything, fill
 from piccolo.apps.migrations.auto.migration_manager import MigrationManager
+from piccolo.apps.migrations.tables import Migration
 
 from kitrocket import ddl, piccolo_migrations
 from kitrocket.ddl import SEED_INDEXES, SESSIONS_USER_ID
@@ -177,6 +180,22 @@ async def test_every_step_goes_back_and_forth_with_rows(empty: Engine) -> None:
         assert await everything(connection) == states[-1]
 
 
+async def test_the_steps_of_a_migration_are_piccolos() -> None:
+    steps = re.findall(r"self\.(_run_\w+)\(backwards", inspect.getsource(MigrationManager.run))
+    assert re.findall(r"manager\.(_run_\w+)\(backwards", inspect.getsource(run)) == list(dict.fromkeys(steps))
+
+
+async def test_a_history_that_the_application_moved_is_kept_there(
+    empty: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Migration._meta, "schema", "kitrocket")
+    assert await migrate(empty) == list(MODULES)
+    assert await empty.fetchval("SELECT to_regclass('public.migration')") is None
+    assert await empty.fetchval("SELECT count(*) FROM kitrocket.migration") == len(MODULES)
+    assert await migrate(empty) == []
+    await check(empty)
+
+
 def module_that(work: Callable[[], Awaitable[None]], *, transaction: bool = True) -> ModuleType:
     async def forwards() -> MigrationManager:
         manager = MigrationManager(migration_id="9999", app_name=APP, wrap_in_transaction=transaction)
@@ -290,6 +309,21 @@ async def test_a_build_gives_up_on_an_endless_transaction_and_can_be_repeated(
     await migrate(empty)
     async with empty.direct() as connection:
         assert [await index.is_valid(connection) for index in SEED_INDEXES] == [True] * len(SEED_INDEXES)
+
+
+async def test_a_cancelled_build_ends_soon_and_can_be_repeated(empty: Engine) -> None:
+    async with turn(empty, silence) as connection:
+        await forwards(connection, APP, dict(list(MODULES.items())[:3]), silence)
+        await fill(connection)
+    async with a_writer_in_the_middle(empty, "UPDATE sessions SET ip_address = 'x'"):
+        async with anyio.create_task_group() as group:
+            group.start_soon(migrate, empty)
+            await until(empty, WAITING)
+            begun = anyio.current_time()
+            group.cancel_scope.cancel()
+        assert anyio.current_time() - begun < 5
+    await migrate(empty)
+    await check(empty)
 
 
 async def test_a_build_makes_no_writer_wait(empty: Engine) -> None:
