@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import asyncpg
 import pytest
 from catalogue import SEED_SQL, SEED_TABLES, columns, constraints, indexes
 from piccolo.apps.migrations.commands.new import AutoMigrationManager
 
+from kitrocket import ddl, piccolo_migrations
 from kitrocket.ddl import SEED_INDEXES
 from kitrocket.engine import Engine, choose_conf
+from kitrocket.migrations.forwards import modules_of
 from kitrocket.piccolo_app import APP_CONFIG
 from kitrocket.tables import OWN_TABLES, NewId, UtcNow
 
@@ -96,4 +101,18 @@ async def test_migrations_and_tables_differ_by_nothing() -> None:
 async def test_migrations_import_the_defaults_by_a_path_that_may_not_change() -> None:
     assert (NewId.__module__, NewId.__qualname__, repr(NewId())) == ("kitrocket.tables", "NewId", "NewId()")
     assert (UtcNow.__module__, UtcNow.__qualname__, repr(UtcNow())) == ("kitrocket.tables", "UtcNow", "UtcNow()")
-    assert {f"kitrocket.ddl.{index.name}" for index in SEED_INDEXES}
+
+
+async def test_migrations_import_their_indexes_by_names_that_may_not_change() -> None:
+    named = {name for name, value in vars(ddl).items() if isinstance(value, ddl.ConcurrentIndex)}
+    modules = modules_of(piccolo_migrations).values()
+    assert {name for module in modules for name in vars(module)} & set(vars(ddl)) >= {"execute", *named}
+    assert set(SEED_INDEXES) == {getattr(ddl, name) for name in named}
+
+
+async def test_the_guide_declares_every_index_for_drizzle() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "migrations.md").read_text(encoding="utf-8")
+    declared = re.findall(r'^(uniqueIndex|index)\("(\w+)"\)', guide, re.MULTILINE)
+    assert {name: kind == "uniqueIndex" for kind, name in declared} == {
+        index.name: index.duplicates is not None for index in SEED_INDEXES
+    }
