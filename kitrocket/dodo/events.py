@@ -10,7 +10,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -184,15 +186,17 @@ _FAMILIES: Mapping[str, type[SubscriptionSnapshot | PaymentState | RefundState |
 }
 
 
-class Event(NamedTuple):
+@dataclass(frozen=True)
+class Event:
     """An event as it came: its type as the provider spells it, its own time in UTC, and its data."""
 
     type: str
     at: datetime
     data: dict[str, Any]
 
+    @cached_property
     def content(self) -> Content:
-        """Read the data by the type's family, before the first dot. Raises nothing."""
+        """The data, read by the type's family, before the first dot. Raises nothing."""
         model = _FAMILIES.get(self.type.partition(".")[0])
         if model is None:
             return None

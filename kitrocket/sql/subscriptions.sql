@@ -17,10 +17,6 @@ FROM (SELECT DISTINCT hashtext(id) AS hash FROM unnest($1::text[]) AS id ORDER B
 -- Returns which users exist and keeps them from being deleted until the end of the transaction. $1 ids.
 SELECT id FROM users WHERE id = ANY($1::text[]) ORDER BY id FOR KEY SHARE;
 
--- name: user_by_id
--- Whether a user exists. $1 id.
-SELECT id FROM users WHERE id = $1;
-
 -- name: users_of_customer
 -- The users whom the mirror or their row links to a customer, two at most. $1 customer.
 SELECT user_id FROM kitrocket.dodo_subscriptions WHERE customer_id = $1 AND user_id IS NOT NULL

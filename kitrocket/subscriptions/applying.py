@@ -48,7 +48,7 @@ class Applier:
 
     async def apply(self, event: Event, webhook_id: str, now: datetime, *, again: bool = False) -> Verdict:
         """Apply an event and return what it came to. ``again`` writes the row anew even if nothing is new."""
-        content = event.content()
+        content = event.content
         problem = self.problem_with(event)
         if problem is not None:
             return Verdict("parked", problem)
@@ -60,7 +60,7 @@ class Applier:
 
     def problem_with(self, event: Event) -> str | None:
         """Return why an event cannot be understood, whatever the database says, or ``None``."""
-        content = event.content()
+        content = event.content
         if isinstance(content, Unreadable):
             return "unreadable"
         if isinstance(content, SubscriptionSnapshot):
@@ -165,9 +165,8 @@ class Applier:
         """Return the user of a subscription, or why there is none."""
         named = named_user(self._user_keys, state.metadata, state.customer.metadata)
         if named is not None:
-            storable = len(named) <= ID_MAX and "\0" not in named
-            found = await self._engine.fetchval(_SQL["user_by_id"], named) if storable else None
-            return found, None if found else "no_user"
+            # Whether such a user exists shows when the user is kept.
+            return (named, None) if len(named) <= ID_MAX and "\0" not in named else (None, "no_user")
         if linked is not None:
             return linked, None
         candidates = await self._engine.fetch(_SQL["users_of_customer"], state.customer.customer_id)

@@ -106,12 +106,16 @@ class Inbox:
         return Stored(row)
 
     def hint(self, event: Event) -> str | None:
-        """Return the user id that the event's metadata names, if one could be stored."""
-        content = event.content()
+        """Return the user id that the event's metadata names, in a form that can be stored."""
+        content = event.content
         if not isinstance(content, SubscriptionSnapshot | PaymentState):
             return None
         name = named_user(self._user_keys, content.metadata, content.customer.metadata if content.customer else {})
-        return name if name is not None and len(name) <= ID_MAX and "\0" not in name else None
+        if name is None:
+            return None
+        # What cannot be an id stays the name of nobody.
+        name = name.replace("\0", "\N{REPLACEMENT CHARACTER}")
+        return name if len(name) <= ID_MAX else name[: ID_MAX - 1] + "…"
 
     async def take(self, webhook_id: str) -> Stored | None:
         """Lock a stored event, or return ``None`` when it is gone or another process has it."""
@@ -160,7 +164,7 @@ class Inbox:
 
 def _ids(event: Event) -> tuple[str | None, str | None, str | None]:
     """Return the ids of subscription, payment and customer that an event is about."""
-    content = event.content()
+    content = event.content
     if isinstance(content, SubscriptionSnapshot):
         return content.subscription_id, None, content.customer.customer_id
     if isinstance(content, PaymentState):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Literal, TypeVar
@@ -159,16 +160,16 @@ class SubscriptionService:
         async with self._engine.transaction():
             await self._inbox.limit_waiting(lock=_LOCK, statement=_STATEMENT)
             stored = await self._inbox.store(delivery, now)
-            has_other_body = stored.body_sha256 != digest_of(delivery.text)
-            if stored.state in FINISHED and not stored.is_new:
-                if has_other_body and stored.subscription_id is not None:
-                    await self._applier.flag(stored.subscription_id)
-                return "duplicate"
-            event = delivery.event if stored.payload is None else read_event(stored.payload)
-            verdict = await self._apply(event, stored, now)
-            await self._inbox.settle(stored, verdict, now)
-        is_unchanged = not stored.is_new and verdict.state not in FINISHED
-        return "duplicate" if is_unchanged else verdict.outcome
+            verdict = None
+            if stored.state not in FINISHED:
+                event = delivery.event if stored.payload is None else read_event(stored.payload)
+                verdict = await self._apply(event, stored, now)
+                await self._inbox.settle(stored, verdict, now)
+            if stored.body_sha256 != digest_of(delivery.text) and stored.subscription_id is not None:
+                await self._applier.flag(stored.subscription_id)
+        if verdict is None or (not stored.is_new and verdict.state not in FINISHED):
+            return "duplicate"
+        return verdict.outcome
 
     async def _retry(self, webhook_id: str, now: datetime) -> str | None:
         async with self._engine.transaction():
@@ -205,7 +206,9 @@ class SubscriptionService:
             name = type(error).__name__
             state = getattr(error if isinstance(error, asyncpg.PostgresError) else error.__cause__, "sqlstate", None)
             last_error = f"{name} {state}" if state else name
-            _log.error("webhook %s is stored but could not be applied: %s", stored.webhook_id, last_error)
+            # The lines of code alone: an error's own text may quote what was delivered.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            _log.error("webhook %s is stored but could not be applied: %s\n%s", stored.webhook_id, last_error, where)
             return Verdict("received", last_error=last_error)
 
     async def _persist(self, unit: Callable[[], Awaitable[T]]) -> T:

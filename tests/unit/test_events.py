@@ -45,7 +45,7 @@ _JSON = st.recursive(
 
 
 def read(data: dict[str, Any], type: str = "subscription.updated") -> Any:
-    return Event(type, AT, data).content()
+    return Event(type, AT, data).content
 
 
 @pytest.mark.parametrize("name", sorted(PAYLOADS))
@@ -53,7 +53,7 @@ def test_every_example_is_read(name: str) -> None:
     event = read_event(PAYLOADS[name])
     family = event.type.partition(".")[0]
     model = {"subscription": SubscriptionSnapshot, "payment": PaymentState, "dispute": DisputeState}.get(family)
-    assert event.content() is None if model is None else isinstance(event.content(), model)
+    assert event.content is None if model is None else isinstance(event.content, model)
 
 
 @pytest.mark.parametrize("type", ["subscription.active", "subscription.invented", "subscription"])
@@ -125,7 +125,7 @@ def test_payments_refunds_and_disputes_need_their_ids(type: str, data: dict[str,
 
 
 def test_a_payment_names_every_subscription_it_pays_for() -> None:
-    payment = read_event(PAYLOADS["06_payment_succeeded_renewal.json"]).content()
+    payment = read_event(PAYLOADS["06_payment_succeeded_renewal.json"]).content
     assert isinstance(payment, PaymentState)
     assert payment.all_subscription_ids() == {"sub_Gx6hJm9wPz3K"}
 

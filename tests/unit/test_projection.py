@@ -322,7 +322,7 @@ PLANS = {"pdt_starter_m_4Vb7": "starter", "pdt_pro_m_8Kd2": "pro"}
 def snapshot_of(number: str) -> Snapshot:
     (file,) = (entry for entry in PAYLOADS.iterdir() if entry.name.startswith(f"{number}_"))
     event = read_event(file.read_text(encoding="utf-8"))
-    state = event.content()
+    state = event.content
     assert isinstance(state, SubscriptionSnapshot)
     fields = {name: getattr(state, name) for name in Snapshot.__dataclass_fields__ if hasattr(state, name)}
     return Snapshot(
