@@ -151,14 +151,12 @@ async def serve(
         h11_max_incomplete_event_size=_HEAD_LIMIT,
     )
     server = Server(config)
-    async with app.router.lifespan_context(app), anyio.create_task_group() as group:
-        await group.start(_stop_on_signal, server)
-        group.start_soon(_announce, server, on_started)
-        try:
+    with listener:
+        async with app.router.lifespan_context(app), anyio.create_task_group() as group:
+            await group.start(_stop_on_signal, server)
+            group.start_soon(_announce, server, on_started)
             with anyio.CancelScope(shield=True):
                 await server.serve(sockets=[listener])
-        finally:
-            listener.close()
             group.cancel_scope.cancel()
 
 
