@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import anyio
 import pytest
 import pytest_asyncio
 from catalogue import SEED_SQL, counts, everything, fill
@@ -183,6 +184,42 @@ async def test_without_adopting_the_tables_are_in_the_way(drizzle: Engine) -> No
     with pytest.raises(MigrationError, match=r"the five tables of the seed.*`kitrocket db adopt`"):
         await migrate(drizzle)
     assert await applied(drizzle, APP) == set()
+
+
+@pytest.mark.scale
+async def test_a_large_live_database_is_adopted_and_no_writer_waits_for_a_second(drizzle: Engine) -> None:
+    async with drizzle.direct() as connection:
+        await connection.execute(
+            """
+            INSERT INTO users (id, email, name) SELECT 'm' || n, 'm' || n, 'm' FROM generate_series(1, 100000) n;
+            INSERT INTO sessions (id, user_id, token, expires_at)
+            SELECT 'm' || n, 'm' || 1 + n % 100000, 'm' || n, '2030-01-01' FROM generate_series(1, 1000000) n;
+            INSERT INTO usage (id, user_id, tokens_used, model)
+            SELECT 'm' || n, 'm' || 1 + n % 100000, 1, 'm' FROM generate_series(1, 3000000) n;
+            """,
+            timeout=100,
+        )
+    waits: list[float] = []
+    done = anyio.Event()
+
+    async def write(number: int) -> None:
+        while not done.is_set():
+            begun = anyio.current_time()
+            id = f"w{number}-{len(waits)}"
+            async with drizzle.transaction():
+                await drizzle.fetch("INSERT INTO users (id, email, name) VALUES ($1, $1, 'w')", id)
+                await drizzle.fetch("INSERT INTO usage (id, user_id, tokens_used, model) VALUES ($1, $1, 1, 'm')", id)
+                await drizzle.fetch("UPDATE sessions SET ip_address = 'x' WHERE id = $1", f"m{len(waits) % 1000 + 1}")
+            waits.append(anyio.current_time() - begun)
+
+    async with anyio.create_task_group() as group:
+        for number in range(4):
+            group.start_soon(write, number)
+        await adopt(drizzle)
+        done.set()
+    print(f"{len(waits)} writes, the slowest took {max(waits):.3f} s")
+    assert max(waits) <= 1
+    await check(drizzle)
 
 
 async def test_a_history_that_drizzle_kit_push_dropped_is_written_again(drizzle: Engine) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from catalogue import everything, fill
+from catalogue import SEED_SQL, everything, fill
 
 from kitrocket import piccolo_migrations
 from kitrocket.engine import Engine
@@ -53,6 +53,29 @@ async def test_forwards_and_backwards_in_this_repository(engine: Engine, empty_d
         assert await everything(connection) == await everything(migrated)
         piccolo("backwards", "kitrocket", "all", "--auto_agree", cwd=ROOT, url=empty_database_url)
         assert await connection.fetchval("SELECT to_regclass('users')") is None
+
+
+async def test_a_database_made_by_drizzle_is_adopted_by_faking_two_migrations(
+    engine: Engine, empty_database_url: str
+) -> None:
+    async with Engine(empty_database_url) as other, other.direct() as connection, engine.direct() as migrated:
+        await connection.execute(SEED_SQL)
+        await fill(connection)
+        for migration in IDS[:2]:
+            piccolo("forwards", "kitrocket", migration, "--fake", cwd=ROOT, url=empty_database_url)
+        piccolo("forwards", "kitrocket", cwd=ROOT, url=empty_database_url)
+        await check(other)
+        assert await everything(connection) == await everything(migrated)
+
+
+async def test_duplicates_stop_piccolos_command_with_their_ids(empty_database_url: str) -> None:
+    async with Engine(empty_database_url) as other, other.direct() as connection:
+        piccolo("forwards", "kitrocket", IDS[2], cwd=ROOT, url=empty_database_url)
+        await fill(connection)
+        await connection.execute("INSERT INTO subscriptions (id, user_id, plan) VALUES ('b2', 'u1', 'pro')")
+        with pytest.raises(AssertionError, match="user 'u1' has 2 live rows, ids 'b1', 'b2'"):
+            piccolo("forwards", "kitrocket", cwd=ROOT, url=empty_database_url)
+        assert await connection.fetchval("SELECT to_regclass('subscriptions_one_live_per_user')") is None
 
 
 async def test_auto_finds_nothing_to_do(tmp_path: Path) -> None:
