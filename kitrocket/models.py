@@ -119,11 +119,15 @@ class WebhookReceipt(Value):
 
 
 class RetryResult(Value):
-    """How many unfinished webhooks were tried again, how many of them are finished now, and how many were given up."""
+    """How many unfinished webhooks were tried again, how many of them are finished now, and how many were given up.
+
+    ``reprojected`` counts the subscriptions whose meaning time alone had changed.
+    """
 
     tried: int
     finished: int
     dead: int
+    reprojected: int
 
 
 class UsageRecord(Value):

@@ -36,6 +36,10 @@ SELECT * FROM kitrocket.dodo_subscriptions WHERE subscription_id = ANY($1::text[
 -- A user's snapshots in the mirror. $1 user.
 SELECT * FROM kitrocket.dodo_subscriptions WHERE user_id = $1 ORDER BY subscription_id;
 
+-- name: snapshots_due
+-- Subscriptions whose meaning time alone has changed, the longest due first. $1 now.
+SELECT subscription_id FROM kitrocket.dodo_subscriptions WHERE reproject_at <= $1 ORDER BY reproject_at LIMIT 1000;
+
 -- name: write_snapshot
 -- Puts a snapshot into the mirror. $1 to $29 in the order of the columns.
 INSERT INTO kitrocket.dodo_subscriptions (

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
+from kitrocket.clock import to_db
 from kitrocket.dodo.events import (
     STATUS_RANKS,
     DisputeState,
@@ -77,6 +78,22 @@ class Applier:
             if not known.needs_check:
                 await self._keep_users({known.user_id})
                 await self._engine.fetch(_SQL["write_snapshot"], *replace(known, needs_check=True).parameters())
+
+    async def due(self, now: datetime) -> list[str]:
+        """Return the subscriptions whose meaning time alone has changed, a thousand at most."""
+        return [row["subscription_id"] for row in await self._engine.fetch(_SQL["snapshots_due"], to_db(now))]
+
+    async def reproject(self, subscription_id: str, now: datetime) -> bool:
+        """Bring a subscription and its user's row to what they mean at ``now``; return whether that was due."""
+        await self._engine.fetch(_SQL["lock_subscriptions"], [subscription_id])
+        known = next(iter(await self._mirrored([subscription_id])), None)
+        if known is None or known.reproject_at is None or known.reproject_at > now:
+            return False
+        existing = await self._keep_users({known.user_id})
+        new = replace(known, user_id=known.user_id if known.user_id in existing else None)
+        await self._engine.fetch(_SQL["write_snapshot"], *self._dated(new, now).parameters())
+        await self._project(existing, now)
+        return True
 
     # -- subscriptions --------------------------------------------------------------------------------------------
 
@@ -156,9 +173,15 @@ class Applier:
             )
             if (new.snapshot, new.user_id) == (known.snapshot, known.user_id):
                 return replace(new, needs_check=new.needs_check or doubtful)
-        seen = view(new.snapshot, now, self._policy)
+        return self._dated(replace(new, needs_check=new.needs_check or doubtful), now)
+
+    def _dated(self, item: Mirrored, now: datetime) -> Mirrored:
+        """Return a snapshot with the instant at which time changes it next, flagged while a renewal is unconfirmed."""
+        seen = view(item.snapshot, now, self._policy)
         return replace(
-            new, needs_check=new.needs_check or doubtful, reproject_at=seen.turns_at if seen is not None else None
+            item,
+            needs_check=item.needs_check or (seen is not None and seen.reason == "renewal_unconfirmed"),
+            reproject_at=None if seen is None else seen.turns_at,
         )
 
     async def _user_of(self, state: SubscriptionSnapshot, linked: str | None) -> tuple[str | None, str | None]:
@@ -207,10 +230,8 @@ class Applier:
         facts = await self._facts(known.snapshot.subscription_id, known.snapshot.previous_billing_date)
         if facts == known.snapshot.facts:
             return None
-        snapshot = replace(known.snapshot, facts=facts)
-        seen = view(snapshot, now, self._policy)
         user_id = known.user_id if known.user_id in existing else None
-        new = replace(known, snapshot=snapshot, user_id=user_id, reproject_at=seen.turns_at if seen else None)
+        new = self._dated(replace(known, snapshot=replace(known.snapshot, facts=facts), user_id=user_id), now)
         await self._engine.fetch(_SQL["write_snapshot"], *new.parameters())
         return user_id
 

@@ -7,6 +7,7 @@ import random
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Literal, TypeVar
 
 import anyio
@@ -103,7 +104,7 @@ class SubscriptionService:
         """
         now = self._clock()
         delivery = self._verifier.verify(body, headers, now=now)
-        outcome = await self._persist(lambda: self._receive(delivery, now))
+        outcome = await self._persist(partial(self._receive, delivery, now))
         return WebhookReceipt(webhook_id=delivery.webhook_id, type=delivery.event.type, outcome=outcome)
 
     async def get(self, user_id: str) -> Subscription | None:
@@ -128,7 +129,8 @@ class SubscriptionService:
 
     async def retry_parked(self) -> RetryResult:
         """Try again what could not be applied: what is due, and what waited for a user, payment, product or status
-        that is known by now, dead or not. Each event is a transaction of its own; several processes share the work.
+        that is known by now, dead or not; then bring the rows up to date that time alone has changed, such as a
+        scheduled cancellation that came. Each is a transaction of its own; several processes share the work.
         """
         now = self._clock()
         due = await self._inbox.to_retry(now)
@@ -138,12 +140,17 @@ class SubscriptionService:
             if self._applier.problem_with(read_event(payload)) is None
         ]
         states = [
-            await self._persist(lambda webhook_id=webhook_id: self._retry(webhook_id, now))  # type: ignore[misc]  # mypy cannot type a lambda's default
-            for webhook_id in dict.fromkeys([*due, *known])
+            await self._persist(partial(self._retry, webhook_id, now)) for webhook_id in dict.fromkeys([*due, *known])
         ]
         tried = [state for state in states if state is not None]
         finished = sum(state in FINISHED for state in tried)
-        return RetryResult(tried=len(tried), finished=finished, dead=tried.count("dead"))
+        reprojected = [
+            await self._persist(partial(self._reproject, subscription_id, now))
+            for subscription_id in await self._applier.due(now)
+        ]
+        return RetryResult(
+            tried=len(tried), finished=finished, dead=tried.count("dead"), reprojected=reprojected.count(True)
+        )
 
     async def replay(self, webhook_id: str) -> WebhookReceipt:
         """Send a stored event down the same path again, and write its user's row anew.
@@ -152,7 +159,7 @@ class SubscriptionService:
         no longer kept.
         """
         now = self._clock()
-        return await self._persist(lambda: self._replay(inputs.identifier("webhook_id", webhook_id), now))
+        return await self._persist(partial(self._replay, inputs.identifier("webhook_id", webhook_id), now))
 
     # -- one transaction each -------------------------------------------------------------------------------------
 
@@ -182,6 +189,11 @@ class SubscriptionService:
                 verdict = Verdict("dead", verdict.reason, verdict.user_id, verdict.customer_email, verdict.last_error)
             await self._inbox.settle(stored, verdict, now)
         return verdict.state
+
+    async def _reproject(self, subscription_id: str, now: datetime) -> bool:
+        async with self._engine.transaction():
+            await self._inbox.limit_waiting(lock=_LOCK, statement=_STATEMENT)
+            return await self._applier.reproject(subscription_id, now)
 
     async def _replay(self, webhook_id: str, now: datetime) -> WebhookReceipt:
         async with self._engine.transaction():

@@ -212,6 +212,38 @@ async def test_a_scheduled_cancel_ends_by_the_clock(desk: Desk) -> None:
         assert (granted.allowed, granted.status) == (allowed, status)
 
 
+@pytest.mark.parametrize(("offset", "status"), [(-SECOND, "active"), (0 * SECOND, "cancelled"), (SECOND, "cancelled")])
+async def test_the_row_follows_the_clock_by_the_next_sweep(desk: Desk, offset: timedelta, status: str) -> None:
+    await with_user(desk)
+    end = datetime.fromisoformat(PAYLOADS["14"]["data"]["next_billing_date"])
+    happened = datetime.fromisoformat(PAYLOADS["14"]["timestamp"])
+    desk.clock.now = happened
+    await desk.deliver(PAYLOADS["14"])
+    desk.clock.now = end + offset
+    moved = offset >= 0 * SECOND
+    assert (await desk.service.retry_parked()).reprojected == moved
+    row = await desk.service.get(USER)
+    assert row is not None
+    assert (row.status, row.updated_at) == (status, end if moved else happened)
+    before = await desk.bytes_of_state()
+    assert (await desk.service.retry_parked()).reprojected == 0
+    assert await desk.bytes_of_state() == before
+
+
+async def test_an_unconfirmed_renewal_is_flagged_and_leaves_the_row(desk: Desk) -> None:
+    await with_user(desk)
+    desk.clock.now = at("2026-03-17")
+    await desk.deliver(PAYLOADS["02"])
+    rows = await desk.table("subscriptions")
+    for pause, needs_check in ((30 * DAY, False), (DAY, True), (DAY * 4, True)):
+        desk.clock.advance(pause)
+        await desk.service.retry_parked()
+        (mirrored,) = await desk.table("dodo_subscriptions")
+        assert mirrored["needs_check"] == needs_check
+    assert mirrored["reproject_at"] is None
+    assert await desk.table("subscriptions") == rows
+
+
 async def test_the_stale_type_changes_nothing_after_its_twin(desk: Desk) -> None:
     await with_user(desk)
     await desk.deliver(PAYLOADS["04"])
