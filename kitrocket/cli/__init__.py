@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from kitrocket.errors import KitRocketError, MissingExtraError
 
@@ -15,11 +16,11 @@ def main() -> None:
         try:
             from kitrocket.cli.app import app
         except ModuleNotFoundError as error:
-            if error.name not in ("typer", "rich"):
+            if (error.name or "").partition(".")[0] not in ("typer", "rich"):
                 raise
             raise MissingExtraError("the command line", "cli") from error
         app(prog_name="kitrocket")
-    except KitRocketError as error:
+    except (KitRocketError, SettingsError) as error:
         sys.exit(f"kitrocket: {error}")
     except ValidationError as error:
         # The settings are what pydantic reads here. An error's input is left out: it may be a secret.
