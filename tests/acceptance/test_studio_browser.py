@@ -75,7 +75,7 @@ async def studio(kit: KitRocket) -> AsyncIterator[tuple[Page, str]]:
         await create_staff(kit.engine, STAFF, PASSWORD)
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         try:
-            page = await browser.new_page(viewport={"width": 1360, "height": 850})
+            page = await browser.new_page(viewport={"width": 1480, "height": 760})
             problems: list[str] = []
             page.on("pageerror", lambda error: problems.append(str(error)))
             await page.goto(f"{address}/admin/")
@@ -112,8 +112,8 @@ async def fill(engine: Engine) -> None:
             user,
             plan,
             status,
-            (at + timedelta(days=30)).replace(tzinfo=None),
-            at.replace(tzinfo=None),
+            (AT - timedelta(days=number - 30)).replace(tzinfo=None),
+            (AT - timedelta(days=number)).replace(tzinfo=None),
         )
 
 
