@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +32,8 @@ class Settings(BaseSettings):
     """The configuration of a :class:`~kitrocket.KitRocket`.
 
     A field's environment variable is its name in upper case, after ``KITROCKET_`` unless it begins with
-    ``DATABASE_`` or ``DODO_PAYMENTS_``. Durations are seconds, ISO 8601 (``P7D``) or ``timedelta``.
+    ``DATABASE_`` or ``DODO_PAYMENTS_``. Durations are seconds, ISO 8601 (``P7D``) or ``timedelta``; ``none`` stands
+    for ``None``.
     """
 
     model_config = SettingsConfigDict(
@@ -39,6 +41,7 @@ class Settings(BaseSettings):
         extra="forbid",
         alias_generator=AliasGenerator(validation_alias=_variable),
         hide_input_in_errors=True,
+        env_parse_none_str="none",
     )
 
     #: PostgreSQL's URL; without one the embedded server is started.
@@ -107,6 +110,20 @@ class Settings(BaseSettings):
     @classmethod
     def _lists_take_commas(cls, value: Any) -> Any:
         return _split(value)
+
+    @field_validator(
+        "session_ttl",
+        "session_update_age",
+        "session_short_ttl",
+        "session_max_lifetime",
+        "session_fresh_age",
+        "session_sweep_interval",
+        mode="before",
+    )
+    @classmethod
+    def _durations_take_seconds(cls, value: Any) -> Any:
+        # pydantic reads a number as seconds, but not the text of one, which is what the environment has.
+        return float(value) if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value) else value
 
     @field_validator("database_url", "database_direct_url", "dodo_payments_api_key", mode="before")
     @classmethod

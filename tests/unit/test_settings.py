@@ -1,0 +1,54 @@
+"""What the environment says is what the settings are."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from pydantic import ValidationError
+
+from kitrocket.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("0", timedelta(0)),
+        ("300", timedelta(seconds=300)),
+        ("0.5", timedelta(seconds=0.5)),
+        ("P7D", timedelta(days=7)),
+        ("PT5M", timedelta(minutes=5)),
+    ],
+)
+def test_a_duration_is_seconds_or_iso_8601(monkeypatch: pytest.MonkeyPatch, text: str, meant: timedelta) -> None:
+    monkeypatch.setenv("KITROCKET_SESSION_SWEEP_INTERVAL", text)
+    assert Settings().session_sweep_interval == meant
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-", "1,5"])
+def test_what_is_no_duration_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("KITROCKET_SESSION_SWEEP_INTERVAL", text)
+    with pytest.raises(ValidationError, match="session_sweep_interval"):
+        Settings()
+
+
+def test_none_takes_a_limit_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KITROCKET_SESSION_MAX_LIFETIME", "none")
+    monkeypatch.setenv("KITROCKET_SESSION_MAX_SESSIONS", "none")
+    settings = Settings()
+    assert settings.session_max_lifetime is None
+    assert settings.session_max_sessions is None
+
+
+def test_lists_take_commas_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KITROCKET_PLANS", "starter, pro")
+    monkeypatch.setenv("KITROCKET_DODO_USER_KEYS", '["a", "b"]')
+    settings = Settings()
+    assert settings.plans == ["starter", "pro"]
+    assert settings.dodo_user_keys == ["a", "b"]
+
+
+def test_secrets_stay_out_of_the_repr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgres://ada:hunter2@127.0.0.1/app")
+    monkeypatch.setenv("DODO_PAYMENTS_WEBHOOK_KEY", "whsec_hunter2")
+    assert "hunter2" not in repr(Settings())
