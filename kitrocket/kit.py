@@ -89,6 +89,7 @@ class KitRocket:
             renewal_leeway_hours=self.settings.renewal_leeway_hours,
             dispute_policy=self.settings.dispute_policy,
             max_bytes=self.settings.webhook_max_bytes,
+            max_attempts=self.settings.webhook_max_attempts,
         )
         self.usage = UsageService(self.engine, clock=clock)
 
