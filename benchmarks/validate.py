@@ -1,0 +1,317 @@
+"""How fast a session is checked, beside raw asyncpg, a default pool, Piccolo and SQLAlchemy.
+
+    python benchmarks/validate.py
+
+All ask the same embedded PostgreSQL for 100,000 sessions of 20,000 users, one token after the other in each task. The
+rounds are interleaved: each runs every contender, in an order that rotates, and gives a ratio for every pair; what is
+printed are medians of these, so that other load on the machine slows all alike.
+
+* kitrocket: ``sessions.validate`` as it runs in a kit; the answer is a validated pydantic model.
+* raw: the same statement, cached, on held connections, one per task; the answer is a ``Record``. For comparison also on
+  fewer connections that the tasks share, and as a plain SELECT, which could not extend a session.
+* pool: the same statement through ``asyncpg.create_pool().fetchrow`` with its defaults.
+* piccolo, sqlalchemy: a plain join of session and user, through Piccolo's ``select`` and SQLAlchemy's ORM.
+
+It exits with 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import anyio
+import asyncpg
+from sqlalchemy import URL, ForeignKey, select
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, joinedload, mapped_column, relationship
+
+from kitrocket.clock import to_db, utc_now
+from kitrocket.embedded import EmbeddedServer
+from kitrocket.engine import Engine
+from kitrocket.migrations import migrate
+from kitrocket.sessions import SessionService
+from kitrocket.sql import statements
+from kitrocket.tables import Sessions
+from kitrocket.tokens import digest
+
+USERS, SESSIONS = 20_000, 100_000
+ROUNDS = 12
+TASKS = 16
+POLICY = (timedelta(days=7), timedelta(days=1), timedelta(days=30))
+STATEMENT = statements("sessions")["validate"]
+JOIN = (
+    "SELECT s.id, s.user_id, s.expires_at, s.created_at, s.ip_address, s.user_agent, u.email, u.name, u.email_verified,"
+    " u.avatar, u.created_at AS user_created_at, u.updated_at AS user_updated_at"
+    " FROM sessions s JOIN users u ON u.id = s.user_id WHERE s.token = $1 AND s.expires_at > $2"
+)
+
+#: Checks a token; the number says which of the concurrent tasks asks.
+Check = Callable[[str, int], Awaitable[object]]
+
+
+@dataclass
+class Contender:
+    """``checks`` is how many tokens one round takes, all tasks together."""
+
+    name: str
+    check: Check
+    checks: int = 320
+    #: Tasks → checks a second, one figure a round.
+    rates: dict[int, list[float]] = field(default_factory=lambda: {1: [], TASKS: []})
+    #: Tasks → seconds, one figure a check.
+    delays: dict[int, list[float]] = field(default_factory=lambda: {1: [], TASKS: []})
+
+    async def run(self, tasks: int) -> None:
+        delays = self.delays[tasks]
+
+        async def ask(task: int) -> None:
+            for token in some_tokens(self.checks // tasks):
+                before = time.perf_counter()
+                if await self.check(token, task) is None:
+                    raise RuntimeError(f"{self.name} found no session")
+                delays.append(time.perf_counter() - before)
+
+        gc.collect()
+        start = time.perf_counter()
+        await asyncio.gather(*(ask(task) for task in range(tasks)))
+        self.rates[tasks].append(self.checks / (time.perf_counter() - start))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How many times as fast as ``other`` kitrocket is to be with so many tasks."""
+
+    other: str
+    tasks: int
+    times: float
+
+
+GOALS = [
+    Goal("raw", 1, 0.85),
+    Goal("pool", 1, 1.8),
+    Goal("piccolo", 1, 5),
+    Goal("sqlalchemy", 1, 5),
+    Goal("raw", TASKS, 1.2),
+    Goal("pool", TASKS, 2.5),
+    Goal("piccolo", TASKS, 12),
+    Goal("sqlalchemy", TASKS, 12),
+]
+#: kitrocket's slowest hundredth against raw's, with 16 tasks.
+P99_AT_MOST = 2.0
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class UserRow(Base):
+    __tablename__ = "users"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    email: Mapped[str]
+    name: Mapped[str]
+    email_verified: Mapped[datetime | None]
+    avatar: Mapped[str | None]
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+
+
+class SessionRow(Base):
+    __tablename__ = "sessions"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.id"))
+    token: Mapped[str]
+    expires_at: Mapped[datetime]
+    ip_address: Mapped[str | None]
+    user_agent: Mapped[str | None]
+    created_at: Mapped[datetime]
+    user: Mapped[UserRow] = relationship(lazy="raise")
+
+
+def token_number(number: int) -> str:
+    return str(number).rjust(32, "0")
+
+
+def some_tokens(count: int) -> list[str]:
+    return [token_number(random.randint(1, SESSIONS)) for _ in range(count)]
+
+
+async def fill(engine: Engine) -> None:
+    now = to_db(utc_now())
+    await engine.fetch(
+        "INSERT INTO users (id, email, name, created_at, updated_at)"
+        " SELECT md5(i::text), i || '@example.com', 'User ' || i, $2::timestamp, $2 FROM generate_series(1, $1) i",
+        USERS,
+        now,
+    )
+    await engine.fetch(
+        "INSERT INTO sessions (id, user_id, token, expires_at, ip_address, user_agent, created_at)"
+        " SELECT md5('s' || i), md5((1 + i % $2)::text), 'k1$' || encode(sha256(lpad(i::text, 32, '0')::bytea), 'hex'),"
+        " $3::timestamp + interval '7 days', '203.0.113.7', 'Mozilla/5.0 (X11; Linux x86_64; rv:128.0)', $3"
+        " FROM generate_series(1, $1::integer) i",
+        SESSIONS,
+        USERS,
+        now,
+    )
+    await engine.fetch("VACUUM ANALYZE")
+
+
+async def check_raw(connection: asyncpg.Connection[asyncpg.Record], token: str) -> object:
+    return await connection.fetchrow(STATEMENT, digest(token), to_db(utc_now()), *POLICY)
+
+
+def raw_shared(connections: list[asyncpg.Connection[asyncpg.Record]]) -> Check:
+    """Raw on connections that the tasks take from a queue and put back."""
+    free: asyncio.Queue[asyncpg.Connection[asyncpg.Record]] = asyncio.Queue()
+    for connection in connections:
+        free.put_nowait(connection)
+
+    async def check(token: str, _task: int) -> object:
+        connection = await free.get()
+        try:
+            return await check_raw(connection, token)
+        finally:
+            free.put_nowait(connection)
+
+    return check
+
+
+def by_piccolo(engine: Engine) -> Check:
+    Sessions._meta.db = engine
+
+    async def check(token: str, _task: int) -> object:
+        return await (
+            Sessions.select(Sessions.all_columns(), Sessions.user_id.all_columns())
+            .where(Sessions.token == digest(token), Sessions.expires_at > to_db(utc_now()))
+            .first()
+        )
+
+    return check
+
+
+def by_sqlalchemy(engine: AsyncEngine) -> Check:
+    session = async_sessionmaker(engine, expire_on_commit=False)
+
+    async def check(token: str, _task: int) -> object:
+        async with session() as work:
+            return await work.scalar(
+                select(SessionRow)
+                .options(joinedload(SessionRow.user))
+                .where(SessionRow.token == digest(token), SessionRow.expires_at > to_db(utc_now()))
+            )
+
+    return check
+
+
+@asynccontextmanager
+async def contenders(server: EmbeddedServer) -> AsyncIterator[list[Contender]]:
+    address = (await server.astart()).dsn_kwargs()
+    async with Engine(embedded=server) as engine, asyncpg.create_pool(**address) as pool:
+        await migrate(engine)
+        await fill(engine)
+        held = [await asyncpg.connect(**address) for _ in range(TASKS)]
+        service = SessionService(engine)
+        alchemy = create_async_engine(
+            URL.create(
+                "postgresql+asyncpg",
+                username=address["user"],
+                database=address["database"],
+                query={"host": address["host"], "port": str(address["port"])},
+            )
+        )
+        async with service.coalescing():
+            yield [
+                Contender("kitrocket", lambda token, _task: service.validate(token)),
+                Contender("raw", lambda token, task: check_raw(held[task], token)),
+                Contender("raw, 4 shared", raw_shared(held[:4])),
+                Contender("raw join", lambda token, task: held[task].fetchrow(JOIN, digest(token), to_db(utc_now()))),
+                Contender(
+                    "pool", lambda token, _task: pool.fetchrow(STATEMENT, digest(token), to_db(utc_now()), *POLICY)
+                ),
+                Contender("piccolo", by_piccolo(engine), 96),
+                Contender("sqlalchemy", by_sqlalchemy(alchemy), 96),
+            ]
+        await alchemy.dispose()
+        for connection in held:
+            await connection.close()
+
+
+async def measure(entries: list[Contender]) -> None:
+    for number in range(-2, ROUNDS):
+        for tasks in (1, TASKS):
+            turn = number % len(entries)
+            for entry in entries[turn:] + entries[:turn]:
+                await entry.run(tasks)
+        print(f"round {max(number + 1, 0):2} of {ROUNDS}", end="\r", file=sys.stderr, flush=True)
+        if number < 0:  # connections open and plans are made in the first rounds
+            for entry in entries:
+                for tasks in (1, TASKS):
+                    entry.rates[tasks].clear()
+                    entry.delays[tasks].clear()
+
+
+def ratio(entry: Contender, other: Contender, tasks: int) -> float:
+    pairs = zip(entry.rates[tasks], other.rates[tasks], strict=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def p99(entry: Contender, tasks: int) -> float:
+    return statistics.quantiles(entry.delays[tasks], n=100)[98]
+
+
+def report(entries: list[Contender]) -> bool:
+    """Print the figures; return whether every goal is reached."""
+    mine, by_name = entries[0], {entry.name: entry for entry in entries}
+    print(f"{ROUNDS} rounds, medians{'':8}{'one task':>20}{f'{TASKS} tasks':>44}")
+    print(f"{'':16}" + f"{'checks/s':>12}{'p99 µs':>12}{'kitrocket is':>16}" * 2)
+    for entry in entries:
+        line = f"{entry.name:16}"
+        for tasks in (1, TASKS):
+            rate = statistics.median(entry.rates[tasks])
+            line += f"{rate:12,.0f}{p99(entry, tasks) * 1e6:12,.0f}{ratio(mine, entry, tasks):14.2f} x"
+        print(line)
+    print()
+    reached = []
+    for goal in GOALS:
+        times = ratio(mine, by_name[goal.other], goal.tasks)
+        reached.append(
+            (times >= goal.times, f"{goal.tasks:2} tasks: {times:5.2f} x {goal.other}, goal >= {goal.times}")
+        )
+    slowest = p99(mine, TASKS) / p99(by_name["raw"], TASKS)
+    reached.append((slowest <= P99_AT_MOST, f"{TASKS:2} tasks: p99 {slowest:5.2f} x raw's, goal <= {P99_AT_MOST}"))
+    for fine, text in reached:
+        print("reached" if fine else "MISSED ", text)
+    return all(fine for fine, _ in reached)
+
+
+async def compare(folder: Path) -> bool:
+    server = EmbeddedServer(folder / "pg")
+    try:
+        async with contenders(server) as entries:
+            await measure(entries)
+    finally:
+        await server.arelease()
+    return report(entries)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="kitrocket-benchmark-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # root starts the server under another account
+        return 0 if anyio.run(compare, folder) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
