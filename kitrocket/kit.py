@@ -126,8 +126,10 @@ class KitRocket:
     async def _work(self) -> None:
         """Run the background work until cancelled."""
         async with anyio.create_task_group() as group:
-            if self.settings.session_sweep_interval:
-                group.start_soon(run_every, "sweep sessions", self._sweep, self.settings.session_sweep_interval)
+            group.start_soon(run_every, "sweep sessions", self._sweep, self.settings.session_sweep_interval)
+            group.start_soon(
+                run_every, "retry webhooks", self.subscriptions.retry_parked, self.settings.webhook_retry_interval
+            )
 
     async def _sweep(self) -> SweepResult:
         return await self.sessions.delete_expired(budget=_SWEEP_BUDGET)

@@ -95,6 +95,8 @@ class Settings(BaseSettings):
     dispute_policy: Literal["flag", "suspend"] = "flag"
     webhook_max_bytes: int = Field(default=2_097_152, ge=1)
     webhook_max_attempts: int = Field(default=8, ge=1)
+    #: How often parked and failed webhooks are tried again, and rows that time alone changes are written; zero: never.
+    webhook_retry_interval: timedelta = timedelta(seconds=60)
     webhook_retention_days: int = Field(default=90, ge=1)
 
     #: Where staff log in to the Studio; only these host names are answered. Empty: any.

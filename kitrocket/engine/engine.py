@@ -28,7 +28,7 @@ from kitrocket.embedded import EmbeddedServer
 from kitrocket.engine.dsn import connection_arguments, is_transaction_pooler
 from kitrocket.engine.held import HeldConnection
 from kitrocket.engine.transaction import END_LIMIT, CurrentTransaction, Transaction
-from kitrocket.engine.translation import Fault, fault_of, translated
+from kitrocket.engine.translation import Fault, fault_of, raise_ours
 from kitrocket.errors import ConfigurationError, DatabaseUnavailableError
 from kitrocket.settings import Settings
 
@@ -158,7 +158,7 @@ class Engine(PostgresEngine):
             with anyio.CancelScope(shield=True):
                 await self._stop()
             if isinstance(error, Exception):
-                raise translated(error) from error
+                raise_ours(error)
             raise
 
     async def _stop(self) -> None:
@@ -233,7 +233,8 @@ class Engine(PostgresEngine):
         except TimeoutError as error:
             raise DatabaseUnavailableError(f"no connection came free within {self._acquire_timeout:g} s") from error
         except Exception as error:
-            raise translated(error) from error
+            raise_ours(error)
+            raise
 
     async def give_back(self, connection: Any) -> None:
         """Return what :meth:`acquire` gave. A connection that cannot be cleaned is cut; the pool makes a new one."""
@@ -258,7 +259,8 @@ class Engine(PostgresEngine):
         try:
             connection = await asyncpg.connect(**await self._arguments(direct=True))
         except Exception as error:
-            raise translated(error) from error
+            raise_ours(error)
+            raise
         try:
             yield connection
         finally:
@@ -304,7 +306,8 @@ class Engine(PostgresEngine):
                 with anyio.CancelScope(shield=True):
                     await self.give_back(connection)
         except Exception as error:
-            raise translated(error) from error
+            raise_ours(error)
+            raise
 
     async def fetchrow(self, sql: str, *arguments: Any, node: str | None = None) -> asyncpg.Record | None:
         """Run a statement that gives at most one row, and return it. See :meth:`fetch`."""

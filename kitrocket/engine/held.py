@@ -9,7 +9,7 @@ import anyio
 import asyncpg
 
 from kitrocket.engine.transaction import END_LIMIT
-from kitrocket.engine.translation import translated
+from kitrocket.engine.translation import raise_ours
 from kitrocket.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class HeldConnection:
         except Exception as error:
             # A statement that a schema change has outdated is prepared again.
             self._prepared.clear()
-            raise translated(error) from error
+            raise_ours(error)
+            raise
 
     async def aclose(self) -> None:
         """Close the connection, for good."""

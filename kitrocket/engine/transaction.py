@@ -12,7 +12,7 @@ import anyio
 import asyncpg
 from piccolo.engine.postgres import PostgresTransaction
 
-from kitrocket.engine.translation import translated
+from kitrocket.engine.translation import raise_ours
 from kitrocket.errors import DatabaseUnavailableError, TransactionError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Transaction(PostgresTransaction):
             with anyio.CancelScope(shield=True):
                 await self._give_back()
             if isinstance(error, Exception):
-                raise translated(error) from error
+                raise_ours(error)
             raise
         self.engine.current_transaction.set(self)
         return self
@@ -112,7 +112,8 @@ class Transaction(PostgresTransaction):
             if self._parent:
                 with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
                     await self.rollback()
-            raise translated(error) from error
+            raise_ours(error)
+            raise
 
     async def _give_back(self) -> None:
         if self._parent is None:

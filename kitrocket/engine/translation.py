@@ -77,11 +77,15 @@ def fault_of(error: BaseException) -> Fault:
     return Fault.NEVER
 
 
-def translated(error: Exception) -> Exception:
-    """Return the error to raise, ``from`` the driver's, which loses its DETAIL here.
+def raise_ours(error: Exception) -> None:
+    """Raise kitrocket's error ``from`` the driver's. Without one, return: the caller raises what it caught."""
+    ours = translated(error)
+    if ours is not error:
+        raise ours from error
 
-    What has no error of kitrocket's comes back as it is.
-    """
+
+def translated(error: Exception) -> Exception:
+    """Return kitrocket's error for a driver's, which loses its DETAIL here; what has none comes back as it is."""
     if isinstance(error, asyncpg.DataError | asyncpg.CharacterNotInRepertoireError | asyncpg.ProgramLimitExceededError):
         return _unstorable(error)
     if isinstance(error, asyncpg.PostgresError):

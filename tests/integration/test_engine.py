@@ -341,8 +341,9 @@ async def test_an_exhausted_pool_says_so(server: Server, database: str) -> None:
 
         async def other() -> None:
             engine.current_transaction.set(None)
-            with pytest.raises(DatabaseUnavailableError, match="no connection came free"):
+            with pytest.raises(DatabaseUnavailableError, match="no connection came free") as exhausted:
                 await engine.fetch("SELECT 1")
+            assert isinstance(exhausted.value.__cause__, TimeoutError)
 
         group.start_soon(other)
 

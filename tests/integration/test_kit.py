@@ -9,8 +9,9 @@ from datetime import timedelta
 import anyio
 import pytest
 
-from factories import make_session, make_user
+from factories import make_mirror, make_session, make_user
 from kitrocket import Engine, KitRocket, SchemaNotMigratedError, Settings
+from kitrocket.clock import to_db
 from kitrocket.errors import DatabaseUnavailableError
 from kitrocket.tables import Users
 from kitrocket.testing import ManualClock
@@ -86,18 +87,40 @@ async def test_expired_sessions_are_swept_in_the_background(engine: Engine, cloc
                 await anyio.sleep(0.01)
 
 
-@pytest.mark.parametrize("off", ["argument", "setting", "interval"])
+@pytest.mark.parametrize("off", ["argument", "setting", "intervals"])
 async def test_background_work_can_be_off(engine: Engine, clock: ManualClock, off: str) -> None:
     user_id = await make_user(engine)
     await make_session(engine, user_id, expires_at=clock.now - timedelta(days=1))
-    settings = Settings(
-        background=off != "setting", session_sweep_interval=timedelta(0) if off == "interval" else timedelta(minutes=5)
+    never = timedelta(0)
+    settings = (
+        Settings(session_sweep_interval=never, webhook_retry_interval=never)
+        if off == "intervals"
+        else Settings(background=off != "setting")
     )
     before = asyncio.all_tasks()
     async with KitRocket(settings, engine=engine, clock=clock, background=off != "argument"):
-        started = asyncio.all_tasks() - before
-        assert len(started) == (1 if off == "interval" else 0)
+        if off == "intervals":
+            await asyncio.wait(asyncio.all_tasks() - before)
+        assert asyncio.all_tasks() - before == set()
     assert await engine.fetchval("SELECT count(*)::int FROM sessions") == 1
+
+
+async def test_what_time_alone_changes_is_written_in_the_background(
+    engine: Engine, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    user_id = await make_user(engine)
+    await make_mirror(engine, "sub_1", user_id=user_id)
+    await engine.fetch(
+        "UPDATE kitrocket.dodo_subscriptions"
+        " SET cancel_at_next_billing_date = true, next_billing_date = $1, reproject_at = $1",
+        to_db(clock.now),
+    )
+    async with KitRocket(engine=engine, clock=clock) as kit:
+        with anyio.fail_after(10):
+            while (shown := await kit.subscriptions.get(user_id)) is None:
+                await anyio.sleep(0.01)
+    assert shown.status == "cancelled"
+    assert caplog.text == ""
 
 
 async def test_leaving_the_block_leaves_no_task_and_may_be_done_by_another_task(engine: Engine) -> None:
