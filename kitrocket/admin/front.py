@@ -14,6 +14,13 @@ logger = logging.getLogger("kitrocket")
 
 #: The largest body, in bytes: a form of one row.
 _BODY_LIMIT = 1_048_576
+#: No other page may frame the Studio, and no cache may keep a row.
+_HEADERS = [
+    (b"x-frame-options", b"DENY"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"same-origin"),
+]
+_PRIVATE = (b"cache-control", b"no-store")
 
 
 class Front:
@@ -51,6 +58,9 @@ class Front:
         async def watched(message: Message) -> None:
             nonlocal started
             started = True
+            if message["type"] == "http.response.start":
+                private = [] if "/assets/" in scope["path"] else [_PRIVATE]
+                message = {**message, "headers": [*message["headers"], *_HEADERS, *private]}
             await send(message)
 
         try:

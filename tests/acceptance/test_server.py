@@ -12,10 +12,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from importlib.resources import files
 from time import monotonic
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import anyio
-import anyio.abc
 import httpx
 import pytest
 
@@ -25,6 +24,7 @@ from kitrocket.engine import Engine
 from kitrocket.kit import KitRocket
 from kitrocket.settings import Settings
 from kitrocket.testing import ManualClock, sign_webhook
+from proxying import Proxy
 from servers import Server
 from serving import served
 
@@ -191,63 +191,6 @@ async def _talk(port: int, sent: bytes) -> bytes:
                 return answer
 
 
-class Proxy:
-    """A way to PostgreSQL that can be cut and mended."""
-
-    def __init__(self, server: Server) -> None:
-        parts = urlsplit(server.url("postgres"))
-        query = parse_qs(parts.query)
-        self._host = query.get("host", [parts.hostname or "localhost"])[0]
-        self._target = int(query.get("port", [str(parts.port or 5432)])[0])
-        self._user = query.get("user", [parts.username or "postgres"])[0]
-        self._password = f":{parts.password}" if parts.password else ""
-        self._streams: list[anyio.abc.AnyByteStream] = []
-        self.is_cut = False
-        self.port = 0
-
-    def url(self, database: str) -> str:
-        return f"postgres://{self._user}{self._password}@127.0.0.1:{self.port}/{database}?sslmode=disable"
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
-        self.port = listener.extra(anyio.abc.SocketAttribute.local_port)
-        async with listener, anyio.create_task_group() as group:
-            group.start_soon(listener.serve, self._handle)
-            yield
-            group.cancel_scope.cancel()
-
-    async def cut(self) -> None:
-        self.is_cut = True
-        for stream in self._streams:
-            await anyio.aclose_forcefully(stream)
-
-    async def _handle(self, client: anyio.abc.SocketStream) -> None:
-        async with client:
-            if self.is_cut:
-                return
-            server = await self._connect()
-            self._streams += [client, server]
-            async with server, anyio.create_task_group() as group:
-                group.start_soon(self._pump, client, server, group.cancel_scope)
-                group.start_soon(self._pump, server, client, group.cancel_scope)
-
-    async def _connect(self) -> anyio.abc.SocketStream:
-        if self._host.startswith("/"):
-            return await anyio.connect_unix(f"{self._host}/.s.PGSQL.{self._target}")
-        return await anyio.connect_tcp(self._host, self._target)
-
-    async def _pump(
-        self, source: anyio.abc.SocketStream, target: anyio.abc.SocketStream, scope: anyio.CancelScope
-    ) -> None:
-        try:
-            async for part in source:
-                await target.send(part)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
-            pass
-        scope.cancel()
-
-
 @pytest.mark.direct
 async def test_while_the_database_is_away_it_says_503_and_afterwards_goes_on(
     server: Server, database: str, clock: ManualClock
@@ -268,6 +211,17 @@ async def test_while_the_database_is_away_it_says_503_and_afterwards_goes_on(
             answer = await deliver(client, HARMLESS, headers_of(clock, HARMLESS, "msg_2"))
             assert (answer.status_code, answer.json()) == (200, {"outcome": "ignored"})
             assert (await client.get("/readyz")).json() == {"ready": True}
+
+
+async def test_a_body_that_does_not_arrive_is_given_up(
+    engine: Engine, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitrocket.integrations.starlette._BODY_LIMIT", 0.2)
+    async with client_of(make_kit(engine, clock)) as client:
+        stream = await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0)
+        async with stream:
+            await stream.send(b"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1")
+            assert (await stream.receive()).startswith(b"HTTP/1.1 408")
 
 
 async def test_it_is_not_ready_while_a_migration_is_missing(engine: Engine, clock: ManualClock) -> None:

@@ -16,6 +16,8 @@ from kitrocket.kit import KitRocket
 from kitrocket.settings import Settings
 from kitrocket.tables import OWN_TABLES, SEED_TABLES, Users
 from kitrocket.testing import ManualClock
+from proxying import Proxy
+from servers import Server
 from serving import PASSWORD, STAFF, logged_in, served
 
 pytestmark = [
@@ -521,3 +523,47 @@ async def test_a_login_ends_after_an_hour(engine: Engine, clock: ManualClock) ->
         row = await engine.fetchrow("SELECT * FROM kitrocket.studio_sessions")
         assert row is not None
         assert row["max_expiry_date"] - row["expiry_date"] >= timedelta(days=6)
+
+
+async def test_two_studios_in_one_process_show_two_databases(
+    engine: Engine, clock: ManualClock, server: Server, template: str
+) -> None:
+    await factories.make_user(engine, email="here@example.com")
+    name = await server.direct.create(template=template)
+    try:
+        async with server.engine(name) as other:
+            await factories.make_user(other, email="there@example.com")
+            async with logged_in(make_kit(engine, clock)) as here, logged_in(make_kit(other, clock)) as there:
+                shown = [(await client.get("/api/tables/users/")).json()["rows"] for client in (here, there)]
+    finally:
+        await server.direct.drop(name)
+    assert [[row["email"] for row in rows] for rows in shown] == [["here@example.com"], ["there@example.com"]]
+
+
+@pytest.mark.direct
+async def test_while_the_database_is_away_it_says_503(server: Server, database: str, clock: ManualClock) -> None:
+    proxy = Proxy(server)
+    async with proxy.running(), logged_in(make_kit(Engine(proxy.url(database)), clock)) as client:
+        await proxy.cut()
+        assert (await client.get("/api/tables/users/")).status_code == 503
+        assert (await client.get("/")).status_code == 200
+        proxy.is_cut = False
+        assert (await client.get("/api/tables/users/")).status_code == 200
+
+
+async def test_staff_change_their_password(engine: Engine, clock: ManualClock) -> None:
+    async with logged_in(make_kit(engine, clock)) as client:
+        form = {"current_password": PASSWORD, "new_password": "a new one", "confirm_new_password": "a new one"}
+        wrong = await client.post("/api/change-password/", json=form | {"current_password": "wrong"})
+        assert wrong.status_code == 422
+        assert (await client.post("/api/change-password/", json=form)).status_code == 303
+        assert (await client.get("/api/user/")).status_code == 401
+        login = {"username": STAFF, "password": "a new one"}
+        assert (await client.post("/public/login/", json=login)).status_code == 200
+
+
+async def test_no_page_frames_it_and_no_cache_keeps_a_row(engine: Engine, clock: ManualClock) -> None:
+    async with logged_in(make_kit(engine, clock)) as client:
+        for path in ("/", "/api/tables/users/"):
+            headers = (await client.get(path)).headers
+            assert (headers["x-frame-options"], headers["cache-control"]) == ("DENY", "no-store")
