@@ -54,8 +54,8 @@ def find(place: Place) -> int | None:
     written = read_pid_file(place)
     if written is not None and _is_server(written.pid, place, written.started):
         return written.pid
-    # Of a data folder that was deleted, or lost its postmaster.pid, under a running server.
-    listener = _listener(place.socket_dir)
+    # Nothing fits when the data folder was deleted under a running server, or the machine's clock was set since.
+    listener = _listener(address_dir(place))
     return listener if listener is not None and _is_server(listener, place, None) else None
 
 
@@ -137,9 +137,7 @@ def _is_server(pid: int, place: Place, started: int | None) -> bool:
     folders = [os.path.realpath(os.fsdecode(value)) for name, value in itertools.pairwise(arguments) if name == b"-D"]
     if os.path.basename(executable) != "postgres" or fields[0] in "ZX" or str(place.data_dir) not in folders:
         return False
-    if started is None or abs(_started(int(fields[19])) - started) <= _CLOCK_TOLERANCE:
-        return True
-    return _listener(address_dir(place)) == pid  # the machine's clock was set since
+    return started is None or abs(_started(int(fields[19])) - started) <= _CLOCK_TOLERANCE
 
 
 def _stat_fields(pid: int) -> list[str]:

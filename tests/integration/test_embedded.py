@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import json
 import os
 import pwd
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,43 +94,53 @@ def holder() -> Iterator[Callable[..., Holder]]:
                 pipe.close()
 
 
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A folder that every account can pass through; whatever the test leaves in it is stopped and removed."""
-    folder = Path(tempfile.mkdtemp(prefix="kitrocket-embedded-"))
-    folder.chmod(0o755)
-    existed = SHARED.is_dir()
-    copies = set(SHARED.iterdir()) if existed else set()
-    yield folder
-    for path in [*folder.rglob("*.locks"), *SHARED.glob("*/*.locks")]:
-        if path.is_relative_to(folder) or path.parent not in copies:
-            _server(path.with_suffix("")).stop()
-    shutil.rmtree(folder)
-    for copy in set(SHARED.iterdir()) - copies if SHARED.is_dir() else ():
-        shutil.rmtree(copy)
-    if SHARED.is_dir() and not existed:
-        SHARED.rmdir()
+@dataclass(frozen=True)
+class Made:
+    """A data folder to copy, which is quicker than to make one for each test, and programs that its account can run."""
+
+    data: Path
+    programs: Path
 
 
 @pytest.fixture(scope="session")
-def made_once() -> Iterator[Path]:
-    """A data folder to copy, which is quicker than to make one for each test."""
+def made() -> Iterator[Made]:
+    existed = SHARED.exists()
     folder = Path(tempfile.mkdtemp(prefix="kitrocket-embedded-"))
     folder.chmod(0o755)
     one = _server(folder / "pg")
     one.start()
+    programs = Path(os.readlink(f"/proc/{_pid(one)}/exe")).parent
     one.release()
-    yield one.data_dir
+    yield Made(one.data_dir, programs)
     shutil.rmtree(folder)
+    if not existed and all(path.name == "locks" or path.name.startswith("postgresql-") for path in _shared()):
+        shutil.rmtree(SHARED, ignore_errors=True)
 
 
 @pytest.fixture
-def server(place: Path, made_once: Path) -> Iterator[EmbeddedServer]:
+def place(made: Made) -> Iterator[Path]:
+    """A folder that every account can enter; what the test leaves in it, here or moved, is stopped and removed."""
+    folder = Path(tempfile.mkdtemp(prefix="kitrocket-embedded-"))
+    folder.chmod(0o755)
+    yield folder
+    moved = [path for path in _shared() if folder.name in path.name]
+    for path in itertools.chain.from_iterable(root.rglob("*.locks") for root in [folder, *moved]):
+        _server(path.with_suffix("")).stop()
+    for path in [folder, *moved]:
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def server(place: Path, made: Made) -> Iterator[EmbeddedServer]:
     """A server that does not run, with data in ``place / "pg"``."""
-    subprocess.run(["cp", "-a", made_once, place / "pg"], check=True)
+    subprocess.run(["cp", "-a", made.data, place / "pg"], check=True)
     one = _server(place / "pg")
     yield one
     one.release()
+
+
+def _shared() -> list[Path]:
+    return list(SHARED.iterdir()) if SHARED.is_dir() else []
 
 
 def _server(data_dir: Path, **options: Any) -> EmbeddedServer:
@@ -459,6 +471,7 @@ def test_a_start_waits_for_the_last_process_of_a_killed_server(server: EmbeddedS
     os.kill(lingering, signal.SIGSTOP)
     try:
         _kill(_pid(server))
+        (server.data_dir / "postmaster.pid").unlink()  # as people do; postgres would now start a second server
         starting = threading.Thread(target=server.start)
         starting.start()
         starting.join(0.5)
@@ -516,6 +529,40 @@ def test_a_zombie_is_dead(server: EmbeddedServer) -> None:
         assert _ask(server.start()) == 1
 
 
+def test_an_application_that_is_process_1_and_reaps_nothing(place: Path, holder: Callable[..., Holder]) -> None:
+    """As in a container: the server becomes its child, and when it ends a zombie that nobody waits for."""
+    script = HOLDER.replace(
+        "said = []", "import ctypes; ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER\nsaid = []"
+    )
+    again = "os.kill(server.status().pid, 9); server.start()\n"
+    again += "print(json.dumps({'server': server.status().pid}), flush=True)\n"
+    first = holder(place / "pg", script=script.replace("sys.stdin.read()", f"{again}sys.stdin.read()"))
+    killed, running = first.answer()["server"], first.answer()["server"]
+    assert Path(f"/proc/{killed}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    assert running != killed
+    first.finish()
+    assert not _server(place / "pg").status().running
+
+
+def test_a_postgres_on_this_folder_that_started_at_another_time(server: EmbeddedServer, made: Made) -> None:
+    text = _crashed(server)
+    (server.data_dir / "postmaster.pid").unlink()
+    single = [made.programs / "postgres", "--single", "-D", server.data_dir, "postgres"]
+    with subprocess.Popen(
+        single, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", **_account(server)
+    ) as stranger:
+        try:
+            assert stranger.stdout is not None
+            stranger.stdout.read(1)  # until it has started, and written a postmaster.pid of its own
+            lines = text.split("\n")
+            _write_pid_file(server, stranger.pid, "\n".join([*lines[:2], str(int(lines[2]) - 60), *lines[3:]]))
+            assert not server.status().running
+            assert server.stop() is False
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
 def test_a_pid_file_cut_short_by_a_crash_of_the_machine(server: EmbeddedServer) -> None:
     _crashed(server)
     (server.data_dir / "postmaster.pid").write_text("")
@@ -569,13 +616,12 @@ def test_a_release_waits_for_a_start_that_nobody_waits_for(place: Path) -> None:
     assert not one.status().running
 
 
-def test_a_killed_initdb_is_forgotten(place: Path, holder: Callable[..., Holder]) -> None:
+def test_a_killed_initdb_is_forgotten(place: Path, made: Made, holder: Callable[..., Holder]) -> None:
     """A bin folder whose initdb stops half-way lets us kill the application in the middle."""
-    real = _packaged_binaries()
     slow = place / "bin"
     slow.mkdir()
     for tool in ("postgres", "psql"):
-        (slow / tool).symlink_to(real / tool)
+        (slow / tool).symlink_to(made.programs / tool)
     os.mkfifo(place / "half")
     (place / "half").chmod(0o666)
     (slow / "initdb").write_text(f"#!/bin/sh\necho 18 > $2/PG_VERSION\necho $$ > {place}/half\nexec sleep 60\n")
@@ -738,6 +784,17 @@ def test_root_in_a_private_folder(place: Path, holder: Callable[..., Holder]) ->
     second = holder("", cwd=private, env={"PYTHONPATH": paths}).answer()
     assert second["server"] == told["server"]
     assert _modes(private) == before
+
+
+@needs_root
+def test_a_package_whose_path_means_something_to_the_shell(place: Path, holder: Callable[..., Holder]) -> None:
+    """The account can run it, but initdb puts the path between double quotes: a copy runs instead."""
+    odd = place / 'a "$HOME" `id`'
+    package = _packaged_binaries().parents[1]
+    for name in (package.name, f"{package.name}.libs"):
+        shutil.copytree(package.with_name(name), odd / name)
+    told = holder(place / "pg", env={"PYTHONPATH": os.pathsep.join([str(odd), *filter(None, sys.path)])}).answer()
+    assert Path(os.readlink(f"/proc/{told['server']}/exe")).is_relative_to(SHARED)
 
 
 @needs_root
