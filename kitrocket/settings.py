@@ -120,6 +120,7 @@ class Settings(BaseSettings):
         "session_max_lifetime",
         "session_fresh_age",
         "session_sweep_interval",
+        "webhook_retry_interval",
         mode="before",
     )
     @classmethod

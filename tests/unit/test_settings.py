@@ -25,6 +25,14 @@ def test_a_duration_is_seconds_or_iso_8601(monkeypatch: pytest.MonkeyPatch, text
     assert Settings().session_sweep_interval == meant
 
 
+def test_every_duration_takes_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations = [name for name, field in Settings.model_fields.items() if isinstance(field.default, timedelta)]
+    for name in durations:
+        monkeypatch.setenv(f"KITROCKET_{name.upper()}", "90000" if name == "session_ttl" else "60")
+    assert len(durations) == 7
+    assert {getattr(Settings(), name) for name in durations} == {timedelta(hours=25), timedelta(minutes=1)}
+
+
 @pytest.mark.parametrize("text", ["", "soon", "-", "1,5"])
 def test_what_is_no_duration_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("KITROCKET_SESSION_SWEEP_INTERVAL", text)
