@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,21 @@ sys.stdin.read()
 class Holder:
     """A subprocess that starts the server of a data folder and holds it."""
 
-    def __init__(self, data_dir: Path | str, *, script: str = HOLDER, python: str = sys.executable, **options: Any):
+    def __init__(
+        self,
+        data_dir: Path | str,
+        *,
+        script: str = HOLDER,
+        python: str = sys.executable,
+        inside: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
         self.process = subprocess.Popen(
-            [python, "-c", script, str(data_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
+            [*inside, python, "-c", script, str(data_dir)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            **options,
         )
 
     def answer(self) -> dict[str, Any]:
@@ -527,6 +539,21 @@ def test_a_zombie_is_dead(server: EmbeddedServer) -> None:
         _write_pid_file(server, zombie.pid, text)
         assert not server.status().running
         assert _ask(server.start()) == 1
+
+
+@needs_root
+def test_a_server_in_another_container_is_not_started_twice(
+    server: EmbeddedServer, place: Path, holder: Callable[..., Holder]
+) -> None:
+    """There neither the server's process nor its shared memory can be seen; only the lock tells."""
+    container = ["unshare", "--pid", "--ipc", "--mount", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*container, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this machine lets nobody make namespaces")
+    address = server.start()
+    impatient = "import kitrocket.embedded.locks as locks; locks._STALLED_SECONDS = 1\n" + HOLDER
+    told = holder(place / "pg", inside=container, script=impatient).answer()
+    assert "another container" in told["error"]
+    assert _ask(address) == 1
 
 
 def test_an_application_that_is_process_1_and_reaps_nothing(place: Path, holder: Callable[..., Holder]) -> None:
