@@ -95,10 +95,13 @@ async def _run_on(address: Address, screen: Screen, *, serving: bool, port: int)
             stage = Stage(kit, raw, screen, Checks(), running.port, key)
             await run_steps(stage)
             code = 1 if stage.checks.failed else 0
-            _say_where(screen, address, database, running.port, serving=serving)
-            if serving and code == 0:
+            stays = serving and code == 0
+            _say_where(screen, address, database, running.port, serving=stays)
+            if stays:
                 await _invite(kit, screen, running.port)
                 await running.stopped.wait()
+    if code == _INTERRUPTED:
+        screen.say("Interrupted.")
     return code
 
 
