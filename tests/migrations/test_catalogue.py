@@ -111,8 +111,10 @@ async def test_migrations_import_their_indexes_by_names_that_may_not_change() ->
 
 
 async def test_the_guide_declares_every_index_for_drizzle() -> None:
-    guide = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "migrations.md").read_text(encoding="utf-8")
-    declared = re.findall(r'^(uniqueIndex|index)\("(\w+)"\)', guide, re.MULTILINE)
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "share-with-drizzle.md").read_text(
+        encoding="utf-8"
+    )
+    declared = re.findall(r'^\s*(uniqueIndex|index)\("(\w+)"\)', guide, re.MULTILINE)
     assert {name: kind == "uniqueIndex" for kind, name in declared} == {
         index.name: index.duplicates is not None for index in SEED_INDEXES
     }
