@@ -23,6 +23,16 @@ _HEADERS = [
 _PRIVATE = (b"cache-control", b"no-store")
 
 
+class _Unreadable(logging.Filter):
+    """Keeps out of the log what Piccolo Admin could not read: its traceback quotes what was sent, and it is answered."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], ValueError))
+
+
+_UNREADABLE = _Unreadable()
+
+
 class Front:
     """An ASGI application around Piccolo Admin.
 
@@ -33,6 +43,7 @@ class Front:
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
         self._hosts = {host.lower() for host in hosts}
+        logging.getLogger("piccolo_admin.endpoints").addFilter(_UNREADABLE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
