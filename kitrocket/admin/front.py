@@ -24,7 +24,7 @@ _PRIVATE = (b"cache-control", b"no-store")
 
 
 class _Unreadable(logging.Filter):
-    """Keeps out of the log what Piccolo Admin could not read: its traceback quotes what was sent, and it is answered."""
+    """Keeps out of the log what Piccolo Admin could not read: the traceback quotes what was sent."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.exc_info and isinstance(record.exc_info[1], ValueError))
