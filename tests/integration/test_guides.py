@@ -1,4 +1,4 @@
-"""The fragments of the pages on sessions and webhooks run, in order, and say what the pages say."""
+"""The fragments of the pages on users, sessions and webhooks run, in order, and say what the pages say."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ async def run_page(page: str, names: dict[str, Any]) -> None:
         running = eval(code, names)
         if inspect.isawaitable(running):
             await running
+
+
+async def test_the_page_on_users(engine: Engine, clock: ManualClock) -> None:
+    names: dict[str, Any] = {"kit": KitRocket(Settings(), engine=engine, clock=clock, background=False)}
+    await run_page("users.md", names)
+    assert names["user"].email_verified == clock()
+    assert names["both"].subscription is None
+    assert names["account"].provider == "github"
+    assert (names["gone"].sessions, names["gone"].accounts) == (0, 1)
 
 
 async def test_the_page_on_sessions(engine: Engine, clock: ManualClock) -> None:

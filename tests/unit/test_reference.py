@@ -56,4 +56,4 @@ def test_an_index_is_described(index: object) -> None:
 )
 def test_an_error_of_a_webhook_has_its_status(error: type[errors.WebhookError]) -> None:
     status = rows("errors.md")[error.__name__][0]
-    assert status == ("–" if error is errors.WebhookError else str(error.status_code))
+    assert status == ("none" if error is errors.WebhookError else str(error.status_code))
