@@ -10,13 +10,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import Context
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 
 from kitrocket.accounts import AccountService
 from kitrocket.clock import Clock, utc_now
-from kitrocket.embedded import EmbeddedServer
 from kitrocket.engine import Engine, choose_conf
 from kitrocket.maintenance import run_every
 from kitrocket.migrations import check, migrate
@@ -26,6 +25,9 @@ from kitrocket.settings import Settings
 from kitrocket.subscriptions import SubscriptionService
 from kitrocket.usage import UsageService
 from kitrocket.users import UserService
+
+if TYPE_CHECKING:
+    from kitrocket.embedded import EmbeddedServer
 
 #: How long one tick of the background sweep may take; it comes again soon when rows are left.
 _SWEEP_BUDGET = timedelta(seconds=10)
@@ -160,10 +162,16 @@ def _engine_of(settings: Settings) -> Engine:
         pooler=settings.database_pooler,
         replicas=settings.database_replicas,
         pool_size=settings.database_pool_size,
-        embedded=None
-        if settings.database_url
-        else EmbeddedServer(settings.data_dir, bin_dir=settings.pg_bin, account=settings.pg_account),
+        embedded=None if settings.database_url else _embedded_of(settings),
     )
+
+
+def _embedded_of(settings: Settings) -> EmbeddedServer:
+    from kitrocket.embedded import (
+        EmbeddedServer,  # only here: it needs a POSIX system, and kitrocket with a URL does not
+    )
+
+    return EmbeddedServer(settings.data_dir, bin_dir=settings.pg_bin, account=settings.pg_account)
 
 
 def _engine_of_conf() -> Engine:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import re
 import subprocess
@@ -24,6 +25,8 @@ from kitrocket.embedded.account import Account, server_account
 from kitrocket.embedded.binaries import Binaries, find_binaries
 from kitrocket.embedded.place import Place, check_socket_dir, make_folders, settle
 from kitrocket.errors import EmbeddedServerError
+
+_log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
 _ANSWER_SECONDS = 10.0
@@ -74,7 +77,7 @@ class EmbeddedServer:
         account: whom root runs the server as; ``postgres`` or else ``nobody`` when left out. Others run it themselves.
         fsync: off only for tests, which may lose everything.
         options: more server settings, used by whoever starts the server, ignored when it already runs.
-        announce: is told in one line, before anything else is done, where the data is.
+        announce: is told in one line, before anything else is done, where the data is; the log when left out.
 
     Every method raises :class:`~kitrocket.errors.EmbeddedServerError` when it cannot do its work.
     """
@@ -94,7 +97,7 @@ class EmbeddedServer:
         self._wanted_account = account
         self._fsync = fsync
         self._options = dict(options or {})
-        self._announce = announce
+        self._announce = announce or _log.info
         self._hold: int | None = None
         self._busy = threading.RLock()  # a release waits for a start whose caller was cancelled
 
@@ -109,7 +112,7 @@ class EmbeddedServer:
         Blocks. Calling it again on an object that already has its share proves the server alive, or starts it again.
         """
         with self._busy, _explained("start"):
-            if self._announce is not None and self._hold is None:
+            if self._hold is None:
                 self._announce(f"PostgreSQL runs as {self._account.name}, data in {self.data_dir}{self._place.moved}")
             cluster.check_owner(self._place, self._account)
             make_folders(self._place.locks)

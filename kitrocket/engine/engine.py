@@ -15,7 +15,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import asyncpg
@@ -24,13 +24,15 @@ from piccolo.query.base import Query
 from piccolo.querystring import QueryString
 from pydantic import SecretStr
 
-from kitrocket.embedded import EmbeddedServer
 from kitrocket.engine.dsn import connection_arguments, is_transaction_pooler
 from kitrocket.engine.held import HeldConnection
 from kitrocket.engine.transaction import END_LIMIT, CurrentTransaction, Transaction
 from kitrocket.engine.translation import Fault, fault_of, raise_ours
 from kitrocket.errors import ConfigurationError, DatabaseUnavailableError
 from kitrocket.settings import Settings
+
+if TYPE_CHECKING:
+    from kitrocket.embedded import EmbeddedServer
 
 T = TypeVar("T")
 
@@ -201,6 +203,8 @@ class Engine(PostgresEngine):
             self._pool_size = settings.database_pool_size
             self.extra_nodes = {name: self._replica(url) for name, url in settings.database_replicas.items()}
         if self._url is None and self._embedded is None:
+            from kitrocket.embedded import EmbeddedServer  # on first use: it needs a POSIX system
+
             self._embedded = EmbeddedServer(settings.data_dir, bin_dir=settings.pg_bin, account=settings.pg_account)
 
     @property
@@ -246,9 +250,15 @@ class Engine(PostgresEngine):
             with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
                 await connection.close(timeout=END_LIMIT)
 
-    async def get_new_connection(self) -> Any:
-        """Return a connection outside the pool; the caller closes it."""
-        return await asyncpg.connect(**await self._arguments())
+    async def get_new_connection(self, *, timed: bool = True) -> Any:
+        """Return a connection outside the pool; the caller closes it, and keeps to the time-out if not ``timed``."""
+        arguments = await self._arguments()
+        return await asyncpg.connect(**arguments if timed else arguments | {"command_timeout": None})
+
+    @property
+    def command_timeout(self) -> float:
+        """The longest that a statement may take, in seconds."""
+        return self._command_timeout
 
     @asynccontextmanager
     async def direct(self) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
