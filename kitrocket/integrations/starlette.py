@@ -16,6 +16,7 @@ try:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse
     from starlette.routing import Route
+    from starlette.types import Receive, Scope, Send
 except ImportError as error:
     raise MissingExtraError("the Starlette integration", "starlette") from error
 
@@ -46,34 +47,43 @@ def webhook_route(kit: KitRocket, path: str = "/webhooks/dodo") -> Route:
         except ClientDisconnect:
             return JSONResponse({"error": "disconnected"}, 400)
         except WebhookTooLargeError as error:
-            return JSONResponse({"error": error.reason}, error.status_code, {"connection": "close"})
+            return _EarlyResponse({"error": error.reason}, error.status_code, {"connection": "close"})
         return await _answer(kit, body, request)
 
     return Route(path, receive, methods=["POST"])
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Read a request's body, and keep none of it once it is over ``limit``. Raises :class:`WebhookTooLargeError`.
-
-    What is too large is read on for a while, and thrown away: the sender of a body that nobody reads gets a reset
-    connection instead of the answer.
-    """
+    """Read a request's body. Raises :class:`WebhookTooLargeError` as soon as it is, or says it is, over ``limit``."""
     declared = request.headers.get("content-length", "")
-    if "expect" in request.headers and declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
+    if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
         raise WebhookTooLargeError("too_large")
-    parts: list[bytes] = []
-    size = 0
+    parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > limit + _DISCARDED:
-            break
-        if size <= limit:
-            parts.append(part)
-        else:
-            parts.clear()
-    if size > limit:
-        raise WebhookTooLargeError("too_large")
+        if size > limit:
+            raise WebhookTooLargeError("too_large")
+        parts.append(part)
     return b"".join(parts)
+
+
+class _EarlyResponse(JSONResponse):
+    """An answer given before the body was read. The rest of it is read and thrown away for a while.
+
+    A sender whose body nobody reads gets a reset connection instead of the answer.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        size = 0
+        with anyio.move_on_after(_BODY_LIMIT):
+            while size < _DISCARDED:
+                message = await receive()
+                if not message.get("more_body"):
+                    break
+                size += len(message["body"])
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _answer(kit: KitRocket, body: bytes, request: Request) -> JSONResponse:

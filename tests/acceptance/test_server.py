@@ -118,6 +118,17 @@ async def test_a_body_over_the_limit_is_413_however_it_is_sent(engine: Engine, c
             assert answer.status_code == status
 
 
+async def test_a_body_that_is_declared_too_large_is_413_before_it_is_sent(engine: Engine, clock: ManualClock) -> None:
+    for more in ("", "Expect: 100-continue\r\n"):
+        async with client_of(make_kit(engine, clock)) as client:
+            stream = await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0)
+            async with stream:
+                head = f"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\n{more}Content-Length: {LIMIT + 1}\r\n\r\n"
+                await stream.send(head.encode())
+                with anyio.fail_after(5):
+                    assert (await stream.receive()).startswith(b"HTTP/1.1 413")
+
+
 async def test_without_a_key_the_provider_is_told_to_come_back(engine: Engine, clock: ManualClock) -> None:
     async with client_of(make_kit(engine, clock, dodo_payments_webhook_key="")) as client:
         answer = await deliver(client, BODY, headers_of(clock, BODY))
