@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import selectors
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,9 +55,10 @@ def _run(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _serve(folder: Path) -> tuple[subprocess.Popen[str], str]:
-    """Start the demo that goes on serving, and return it with what it printed."""
-    process = subprocess.Popen(
+@contextmanager
+def _serving(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The demo that goes on serving, once it does, and what it printed until then."""
+    with subprocess.Popen(
         [_KITROCKET, "demo", "--serve"],
         cwd=folder,
         env=_environment(),
@@ -66,17 +67,18 @@ def _serve(folder: Path) -> tuple[subprocess.Popen[str], str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-    )
-    assert process.stdout is not None
-    said = ""
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while "Ctrl-C" not in said:
-            assert selector.select(timeout=240), said
-            line = process.stdout.readline()
-            assert line, said
-            said += line
-    return process, said
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = ""
+            for line in process.stdout:
+                said += line
+                if "Ctrl-C" in line:
+                    break
+            assert "Ctrl-C" in said, said
+            yield process, said
+        finally:
+            process.kill()
 
 
 def _status(url: str) -> int:
@@ -107,17 +109,16 @@ def test_the_demo_shows_the_main_job_and_leaves_nothing_running(folder: Path) ->
 
 
 def test_the_demo_serves_again_after_it_was_killed_and_ends_when_told(folder: Path) -> None:
-    killed, _ = _serve(folder)
-    killed.kill()
-    killed.communicate()
+    with _serving(folder) as (process, _):
+        process.kill()
 
-    process, said = _serve(folder)
-    studio = re.search(r"http://127\.0\.0\.1:\d+/admin/", said)
-    assert studio is not None
-    assert _status(studio[0]) == 200
-    assert _status(studio[0].replace("/admin/", "/readyz")) == 200
-    process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=60)
+    with _serving(folder) as (process, said):
+        studio = re.search(r"http://127\.0\.0\.1:\d+/admin/", said)
+        assert studio is not None
+        assert _status(studio[0]) == 200
+        assert _status(studio[0].replace("/admin/", "/readyz")) == 200
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=60)
 
     assert process.returncode == 0, said + rest
     assert not _is_running(folder)
