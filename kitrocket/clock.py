@@ -15,7 +15,7 @@ Clock = Callable[[], datetime]
 
 def utc_now() -> datetime:
     """Return the present instant, timezone-aware, in UTC."""
-    return datetime.now(UTC)  # noqa: TID251, DTZ011 - the one place that may read the clock
+    return datetime.now(UTC)  # noqa: TID251 - the one place that may read the clock
 
 
 def to_db(instant: datetime) -> datetime:
