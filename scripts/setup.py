@@ -28,10 +28,22 @@ def main(arguments: list[str]) -> None:
 
 
 def set_up(venv: Path) -> None:
-    print(f"Making {venv} (once)...", flush=True)
-    python = make_venv(venv)
+    python = venv / "bin" / "python"
+    if works(python):
+        print(f"Bringing {venv} up to date...", flush=True)
+    else:
+        print(f"Making {venv} (once, about a minute)...", flush=True)
+        python = make_venv(venv)
     install(python, "--constraint", str(ROOT / "constraints.txt"), *requirements(), "--editable", f"{ROOT}[all]")
     (venv / ".ready").touch()
+
+
+def works(python: Path) -> bool:
+    """Whether an environment is there and whole: one may be left half made, or by a Python that is gone."""
+    if not python.exists():
+        return False
+    same = f"import pip, sys; raise SystemExit(sys.version_info[:2] != {tuple(sys.version_info[:2])})"
+    return shutil.which("uv") is None and subprocess.run([str(python), "-c", same], capture_output=True).returncode == 0
 
 
 def requirements() -> list[str]:
