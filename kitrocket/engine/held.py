@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,18 @@ if TYPE_CHECKING:
 class HeldConnection:
     """One connection of its own, kept for a hot statement; it reconnects after it was lost.
 
-    One statement at a time: the caller takes turns.
+    One statement at a time: the caller takes turns. The engine's command time-out holds here too, but is kept by one
+    timer in all rather than one per statement, which would cost a tenth of the statement; it cuts the connection.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         self._prepared: dict[str, asyncpg.prepared_stmt.PreparedStatement[asyncpg.Record]] = {}
+        self._named = True
         self._closed = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._busy_since: float | None = None
 
     async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
         """Run a statement, prepared once per connection. Raises as :meth:`Engine.fetch`.
@@ -37,7 +42,10 @@ class HeldConnection:
             connection = self._connection
             if connection is None or connection.is_closed():
                 connection = await self._connect()
-            if self._engine.pooler:
+            self._busy_since = asyncio.get_running_loop().time()
+            if self._timer is None:
+                self._cut_if_late()
+            if not self._named:
                 return await connection.fetch(sql, *arguments)
             prepared = self._prepared.get(sql)
             if prepared is None:
@@ -48,10 +56,14 @@ class HeldConnection:
             self._prepared.clear()
             raise_ours(error)
             raise
+        finally:
+            self._busy_since = None
 
     async def aclose(self) -> None:
         """Close the connection, for good."""
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         connection, self._connection = self._connection, None
         self._prepared.clear()
         if connection is not None:
@@ -64,6 +76,20 @@ class HeldConnection:
         self._prepared.clear()
         if self._closed:
             raise ConfigurationError("this connection was closed")
-        connection: asyncpg.Connection[asyncpg.Record] = await self._engine.get_new_connection()
+        # Behind a pooler each statement may meet another server connection, which does not know the prepared ones.
+        self._named = not self._engine.pooler
+        connection: asyncpg.Connection[asyncpg.Record] = await self._engine.get_new_connection(timed=False)
         self._connection = connection
         return connection
+
+    def _cut_if_late(self) -> None:
+        """Cut a connection whose statement takes too long; look again when the present one will have."""
+        self._timer = None
+        if self._connection is None or self._busy_since is None:
+            return
+        loop = asyncio.get_running_loop()
+        rest = self._busy_since + self._engine.command_timeout - loop.time()
+        if rest > 0:
+            self._timer = loop.call_later(rest, self._cut_if_late)
+        else:
+            self._connection.terminate()
