@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime, timedelta
 from typing import Literal
@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 
 #: How tokens are stored: as digests; plain, as Better Auth has them; digests written and both accepted.
 TokenStorage = Literal["digest", "plain", "digest+plain"]
+
+#: ``SessionWithUser.model_validate`` without its options, which cost a microsecond.
+_VALIDATED: Callable[[object], SessionWithUser] = SessionWithUser.__pydantic_validator__.validate_python
 
 _USER_AGENT_MAX = 512
 _PAGE_MAX = 1000
@@ -244,9 +247,8 @@ class SessionService:
 
 def _session_with_user(row: asyncpg.Record) -> SessionWithUser:
     """Make a validated answer, in one pass over plain dictionaries: this runs on every request."""
-    id, user_id, expires_at, created_at, seen_at, ip_address, user_agent, refreshed, *rest = row
-    email, name, email_verified, avatar, user_created_at, user_updated_at, *_ = rest
-    return SessionWithUser.model_validate(
+    id, user_id, expires_at, created_at, seen_at, ip_address, user_agent, refreshed, *user = row
+    return _VALIDATED(
         {
             "session": {
                 "id": id,
@@ -259,12 +261,12 @@ def _session_with_user(row: asyncpg.Record) -> SessionWithUser:
             },
             "user": {
                 "id": user_id,
-                "email": email,
-                "name": name,
-                "email_verified": email_verified,
-                "avatar": avatar,
-                "created_at": user_created_at,
-                "updated_at": user_updated_at,
+                "email": user[0],
+                "name": user[1],
+                "email_verified": user[2],
+                "avatar": user[3],
+                "created_at": user[4],
+                "updated_at": user[5],
             },
             "refreshed": refreshed,
         }

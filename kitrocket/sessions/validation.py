@@ -103,25 +103,29 @@ class Validator:
                 await lane.aclose()
 
     async def _ask(self, source: _Source, forms: Sequence[str], now: datetime) -> asyncpg.Record | None:
-        if len(forms) == 1:
-            rows = await self._fetch(source, _ONE, forms[0], now)
-            return rows[0] if rows else None
-        found = await self._ask_many(source, [(form, now) for form in forms])
-        return _first(found, forms, now)
+        if len(forms) > 1:
+            return _first(await self._ask_many(source, [(form, now) for form in forms]), forms, now)
+        try:
+            rows = await source.fetch(_ONE, forms[0], now, *self._policy)
+        except Exception as error:  # noqa: BLE001 - raised there, or done again
+            rows = await self._again(error, source, _ONE, forms[0], now)
+        return rows[0] if rows else None
 
     async def _ask_many(
         self, source: _Source, asked: Sequence[tuple[str, datetime]]
     ) -> dict[tuple[str, datetime], asyncpg.Record]:
         unique = list(dict.fromkeys(asked))
-        rows = await self._fetch(source, _MANY, [form for form, _ in unique], [instant for _, instant in unique])
+        forms, instants = [form for form, _ in unique], [instant for _, instant in unique]
+        try:
+            rows = await source.fetch(_MANY, forms, instants, *self._policy)
+        except Exception as error:  # noqa: BLE001 - raised there, or done again
+            rows = await self._again(error, source, _MANY, forms, instants)
         return {(row["asked_token"], row["asked_instant"]): row for row in rows}
 
-    async def _fetch(self, source: _Source, sql: str, *asked: Any) -> list[asyncpg.Record]:
-        try:
-            return await source.fetch(sql, *asked, *self._policy)
-        except Exception as error:
-            if fault_of(error) is Fault.NEVER or self._engine.in_transaction():
-                raise
+    async def _again(self, error: Exception, source: _Source, sql: str, *asked: Any) -> list[asyncpg.Record]:
+        """Run a statement again that failed, if that can help."""
+        if fault_of(error) is Fault.NEVER or self._engine.in_transaction():
+            raise error
         # Sliding twice to the same instant is sliding once, so an unknown outcome may be tried again.
         return await self._engine.retry(lambda: source.fetch(sql, *asked, *self._policy), idempotent=True)
 
