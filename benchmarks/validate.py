@@ -46,7 +46,7 @@ from kitrocket.tables import Sessions
 from kitrocket.tokens import digest
 
 USERS, SESSIONS = 20_000, 100_000
-ROUNDS = 12
+ROUNDS = 40
 TASKS = 16
 POLICY = (timedelta(days=7), timedelta(days=1), timedelta(days=30))
 STATEMENT = statements("sessions")["validate"]
@@ -66,7 +66,7 @@ class Contender:
 
     name: str
     check: Check
-    checks: int = 320
+    checks: int = 160
     #: Tasks → checks a second, one figure a round.
     rates: dict[int, list[float]] = field(default_factory=lambda: {1: [], TASKS: []})
     #: Tasks → seconds, one figure a check.
@@ -240,8 +240,8 @@ async def contenders(server: EmbeddedServer) -> AsyncIterator[list[Contender]]:
                 Contender(
                     "pool", lambda token, _task: pool.fetchrow(STATEMENT, digest(token), to_db(utc_now()), *POLICY)
                 ),
-                Contender("piccolo", by_piccolo(engine), 96),
-                Contender("sqlalchemy", by_sqlalchemy(alchemy), 96),
+                Contender("piccolo", by_piccolo(engine), 48),
+                Contender("sqlalchemy", by_sqlalchemy(alchemy), 48),
             ]
         await alchemy.dispose()
         for connection in held:
