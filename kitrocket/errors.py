@@ -10,7 +10,12 @@ repr or a log: where the data is secret, the attribute is left out too.
   + UserNotFoundError
   + EmailTakenError
   + AccountTakenError
+  + AccountNotFoundError
   + LastAccountError
+  + LinkRefusedError
+  + TokenRefreshError
+  + WrongPasswordError
+  + InvalidTokenError
   + SubscriptionConflictError
   + UsageConflictError
   + WindowNotExactError
@@ -97,6 +102,18 @@ class AccountTakenError(KitRocketError):
         return "this provider account already belongs to a user"
 
 
+class AccountNotFoundError(KitRocketError):
+    """The user has no account at this provider that holds an access token."""
+
+    def __init__(self, user_id: str, provider: str) -> None:
+        super().__init__(user_id, provider)
+        self.user_id = user_id
+        self.provider = provider
+
+    def __str__(self) -> str:
+        return f"user {self.user_id!r} has no access token of {self.provider}"
+
+
 class LastAccountError(KitRocketError):
     """Unlinking this account would leave the user without a way to sign in."""
 
@@ -107,6 +124,46 @@ class LastAccountError(KitRocketError):
 
     def __str__(self) -> str:
         return f"account {self.account_id!r} is the last way in of user {self.user_id!r}"
+
+
+class LinkRefusedError(KitRocketError):
+    """A sign-in at a provider cannot be tied to a user; nothing was changed.
+
+    ``reason``: ``"no_email"``, the provider told none; ``"provider_unverified"``, the address is a user's and the
+    provider neither verified it nor is trusted; ``"local_unverified"``, the user who has the address never proved it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"this identity is not linked to a user: {self.reason}"
+
+
+class TokenRefreshError(KitRocketError):
+    """An access token is over and no new one could be had; the stored tokens are unchanged. Its cause is the error."""
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(provider)
+        self.provider = provider
+
+    def __str__(self) -> str:
+        return f"the access token of {self.provider} could not be refreshed"
+
+
+class WrongPasswordError(KitRocketError):
+    """The current password is another one, or the user has none; nothing was changed."""
+
+    def __str__(self) -> str:
+        return "the current password is wrong"
+
+
+class InvalidTokenError(KitRocketError):
+    """A token that was sent by e-mail is forged, used, over or out of date; it doesn't say which."""
+
+    def __str__(self) -> str:
+        return "the token is not valid"
 
 
 class SubscriptionConflictError(KitRocketError):

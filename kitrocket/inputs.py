@@ -16,6 +16,8 @@ from kitrocket.errors import InvalidInputError
 ID_MAX = 255
 #: The longest e-mail address, in characters.
 EMAIL_MAX = 254
+#: The longest name of a user, and the longest avatar, in characters.
+NAME_MAX, AVATAR_MAX = 200, 2048
 #: The largest value of a column of type ``integer``.
 INTEGER_MAX = 2_147_483_647
 

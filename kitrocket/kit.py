@@ -19,7 +19,8 @@ from kitrocket.clock import Clock, utc_now
 from kitrocket.engine import Engine, choose_conf
 from kitrocket.maintenance import run_every
 from kitrocket.migrations import check, migrate
-from kitrocket.models import SweepResult
+from kitrocket.models import IssuedSession, SweepResult
+from kitrocket.rotation import Rotation
 from kitrocket.sessions import SessionService
 from kitrocket.settings import Settings
 from kitrocket.subscriptions import SubscriptionService
@@ -62,11 +63,28 @@ class KitRocket:
         self._background = background and self.settings.background
         self._stack: AsyncExitStack | None = None
 
-        self.users = UserService(self.engine, clock=clock, password_scheme=self.settings.password_scheme)
+        rotation = Rotation(
+            self.engine,
+            ttl=self.settings.session_ttl,
+            short_ttl=self.settings.session_short_ttl,
+            max_lifetime=self.settings.session_max_lifetime,
+            tokens=self.settings.session_tokens,
+        )
+        secret = self.settings.secret
+        self.users = UserService(
+            self.engine,
+            clock=clock,
+            password_scheme=self.settings.password_scheme,
+            secret=None if secret is None else secret.get_secret_value(),
+            rotation=rotation,
+        )
         self.accounts = AccountService(
             self.engine,
             clock=clock,
             token_keys=[key.get_secret_value() for key in self.settings.token_keys],
+            trusted_providers=self.settings.trusted_providers,
+            on_unverified_local=self.settings.on_unverified_local,
+            rotation=rotation,
         )
         self.sessions = SessionService(
             self.engine,
@@ -124,6 +142,31 @@ class KitRocket:
         """
         async with self.engine.transaction():
             yield
+
+    async def sign_in(
+        self,
+        *,
+        email: str,
+        password: str,
+        ip_address: str | None = None,
+        user_agent: str | None = None,
+        remember: bool = True,
+    ) -> IssuedSession | None:
+        """Start a session for whoever knows this e-mail address and password; ``None`` for all others.
+
+        It is ``users.authenticate`` and ``sessions.create``, and no session outlives a change of password that was made
+        meanwhile. Raises :class:`InvalidInputError`, as those two do.
+        """
+
+        async def attempt() -> IssuedSession | None:
+            async with self.users.authenticating(email=email, password=password) as user:
+                if user is None:
+                    return None
+                return await self.sessions.create(
+                    user.id, ip_address=ip_address, user_agent=user_agent, remember=remember
+                )
+
+        return await self.engine.retry(attempt)
 
     async def _work(self) -> None:
         """Run the background work until cancelled."""

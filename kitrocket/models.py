@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
 
 #: What became of a webhook delivery.
 WebhookOutcome = Literal["applied", "duplicate", "stale", "parked", "ignored"]
 
 
+#: What a sign-in at a provider did: the identity was known; a user was made; the identity was given to the user who has
+#: its e-mail address; the same, and the user's accounts and sessions were deleted, for the address was never proven.
+SignInOutcome = Literal["signed_in", "created", "linked", "taken_over"]
+
+
 class Value(BaseModel):
     """A frozen model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)
 
 
 class User(Value):
@@ -69,6 +74,37 @@ class IssuedSession(Value):
 
     session: Session
     token: str = Field(repr=False)
+
+
+class CredentialChange(Value):
+    """What a change of password or e-mail address did.
+
+    ``issued`` is the session that was kept, under a new id and with a new token: send the cookie again. ``None`` when
+    none was. ``revoked`` counts the sessions that ended, expired ones included.
+    """
+
+    user: User
+    issued: IssuedSession | None
+    revoked: int
+
+
+class ProviderSignIn(Value):
+    """Who signed in at a provider, with which account, and what that did."""
+
+    user: User
+    account: Account
+    outcome: SignInOutcome
+
+
+class RefreshedTokens(Value):
+    """What a provider answers to a refresh token. Without a new refresh token the old one stays.
+
+    ``expires_at`` is when the access token is over; ``None``: never, or unknown.
+    """
+
+    access_token: str = Field(repr=False)
+    refresh_token: str | None = Field(default=None, repr=False)
+    expires_at: AwareDatetime | None = None
 
 
 class SweepResult(Value):
@@ -181,6 +217,19 @@ class TopUser(Value):
     calls: int
 
 
+class UserExport(Value):
+    """Everything of a user: each row of the five tables as JSON, as of one instant, without tokens and passwords.
+
+    Times are ISO 8601 in UTC.
+    """
+
+    user: dict[str, JsonValue]
+    sessions: list[dict[str, JsonValue]] = []
+    accounts: list[dict[str, JsonValue]] = []
+    subscriptions: list[dict[str, JsonValue]] = []
+    usage: list[dict[str, JsonValue]] = []
+
+
 class DeletedUser(Value):
     """How many rows went with a deleted user."""
 
@@ -194,12 +243,16 @@ class DeletedUser(Value):
 __all__ = [
     "Access",
     "Account",
+    "CredentialChange",
     "DeletedUser",
     "IssuedSession",
+    "ProviderSignIn",
     "RecordedUsage",
+    "RefreshedTokens",
     "RetryResult",
     "Session",
     "SessionWithUser",
+    "SignInOutcome",
     "Subscription",
     "SweepResult",
     "TopUser",
@@ -207,6 +260,7 @@ __all__ = [
     "UsageEntry",
     "UsageRecord",
     "User",
+    "UserExport",
     "UserWithSubscription",
     "WebhookOutcome",
     "WebhookReceipt",

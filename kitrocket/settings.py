@@ -77,6 +77,12 @@ class Settings(BaseSettings):
     password_scheme: Literal["argon2id", "better-auth"] = "argon2id"
     #: Keys that encrypt OAuth tokens at rest (Fernet); the first writes, all read. None: stored plain.
     token_keys: Annotated[list[SecretStr], NoDecode] = []
+    #: What the tokens sent by e-mail are signed with, at least 32 bytes; ``None``: there are none.
+    secret: SecretStr | None = None
+    #: Providers whose word on an e-mail address counts though they don't say that it is verified.
+    trusted_providers: Annotated[list[str], NoDecode] = []
+    #: What becomes of a user who never proved an address that a provider has now verified for somebody.
+    on_unverified_local: Literal["refuse", "take_over"] = "refuse"
 
     #: Webhook keys (``whsec_…``): one or several, any may match.
     dodo_payments_webhook_key: Annotated[list[SecretStr], NoDecode] = []
@@ -107,7 +113,13 @@ class Settings(BaseSettings):
     studio_allow_writes: bool = False
 
     @field_validator(
-        "token_keys", "dodo_payments_webhook_key", "plans", "dodo_user_keys", "studio_hosts", mode="before"
+        "token_keys",
+        "trusted_providers",
+        "dodo_payments_webhook_key",
+        "plans",
+        "dodo_user_keys",
+        "studio_hosts",
+        mode="before",
     )
     @classmethod
     def _lists_take_commas(cls, value: Any) -> Any:
@@ -128,7 +140,7 @@ class Settings(BaseSettings):
         # pydantic reads a number as seconds, but not the text of one, which is what the environment has.
         return float(value) if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value) else value
 
-    @field_validator("database_url", "database_direct_url", "dodo_payments_api_key", mode="before")
+    @field_validator("database_url", "database_direct_url", "secret", "dodo_payments_api_key", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: Any) -> Any:
         return None if value == "" else value
@@ -137,6 +149,8 @@ class Settings(BaseSettings):
     def _values_agree(self) -> Settings:
         if self.session_update_age >= self.session_ttl:
             raise ValueError("session_update_age must be shorter than session_ttl")
+        if self.secret is not None and len(self.secret.get_secret_value().encode(errors="surrogatepass")) < 32:
+            raise ValueError("secret must have at least 32 bytes")
         unknown = sorted(set(self.dodo_products.values()) - set(self.plans))
         if unknown:
             raise ValueError(f"dodo_products names plans that are not in plans: {', '.join(unknown)}")

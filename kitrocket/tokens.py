@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from hashlib import sha256
+from typing import Literal
 
 from kitrocket.ids import random_text
+
+#: How tokens are stored: as digests; plain, as Better Auth has them; digests written and both accepted.
+TokenStorage = Literal["digest", "plain", "digest+plain"]
 
 _TOKEN = re.compile("[A-Za-z0-9]{32}")
 
@@ -26,3 +30,10 @@ def digest(token: str) -> str:
     No salt: the token is random, and the digest is what it is looked up by.
     """
     return "k1$" + sha256(token.encode()).hexdigest()
+
+
+def stored_forms(token: str, storage: TokenStorage) -> tuple[str, ...]:
+    """Return what a token may be stored as; the first is how it is written."""
+    if storage == "plain":
+        return (token,)
+    return (digest(token),) if storage == "digest" else (digest(token), token)

@@ -7,6 +7,14 @@ SELECT pg_advisory_xact_lock(1801548131, hashtext($1));
 -- Makes other changes to this user's accounts and sessions wait. $1 user.
 SELECT id FROM users WHERE id = $1 FOR NO KEY UPDATE;
 
+-- name: account_of_identity
+-- Whose an identity at a provider is. $1 provider, $2 the provider's id.
+SELECT id, user_id, provider, provider_account_id, expires_at, created_at, coalesce(password, '') <> '' AS has_password
+FROM accounts
+WHERE provider = $1 AND provider_account_id = $2
+ORDER BY created_at, id
+LIMIT 1;
+
 -- name: insert_account
 -- A new identity; no row when somebody has it already.
 -- $1 id, $2 user, $3 provider, $4 the provider's id, $5 access token, $6 refresh token, $7 expires at, $8 now.
@@ -48,3 +56,27 @@ FOR UPDATE;
 -- name: delete_account
 -- $1 account, $2 its user.
 DELETE FROM accounts WHERE id = $1 AND user_id = $2 RETURNING id;
+
+-- name: delete_accounts
+-- Every way in of a user whom another takes over. Rows are locked in id order. $1 user.
+WITH locked AS MATERIALIZED (SELECT a.id FROM accounts a WHERE a.user_id = $1 ORDER BY a.id FOR UPDATE)
+DELETE FROM accounts a USING locked WHERE a.id = locked.id;
+
+-- name: tokens_of_provider
+-- A user with the oldest account at a provider, if there is one. $1 user, $2 provider.
+SELECT a.id, a.access_token, a.refresh_token, a.expires_at
+FROM users u
+LEFT JOIN accounts a ON a.user_id = u.id AND a.provider = $2
+WHERE u.id = $1
+ORDER BY a.created_at, a.id
+LIMIT 1;
+
+-- name: lock_tokens
+-- The tokens of an account as they are once nobody else refreshes them. $1 account.
+SELECT id, access_token, refresh_token, expires_at FROM accounts WHERE id = $1 FOR NO KEY UPDATE;
+
+-- name: store_tokens
+-- What a refresh brought; without a new refresh token the old one stays.
+-- $1 account, $2 access token, $3 refresh token or NULL, $4 expires at, or NULL.
+UPDATE accounts SET access_token = $2, refresh_token = coalesce($3::text, refresh_token), expires_at = $4
+WHERE id = $1;

@@ -205,6 +205,50 @@ WITH locked AS MATERIALIZED (
 )
 SELECT count(*) FROM gone;
 
+-- name: rotate
+-- After a change of how a user signs in: the session to keep gets a new id and token, the others are deleted, expired
+-- ones too. With a proven login it also begins anew; a short one stays short. A session to keep that is not live is one
+-- of the others. Answers one row: how many were deleted, and the kept session or NULLs. The user's row must have been
+-- locked by an earlier statement. Rows are locked in id order, as by revoke_others.
+-- $1 user, $2 the forms that the token to keep may be stored in, $3 now, $4 ttl, $5 short_ttl, $6 max_lifetime or NULL,
+-- $7 whether the others go, $8 whether the login was proven, $9 new id, $10 new token as stored
+WITH locked AS MATERIALIZED (
+    SELECT s.id,
+           s.token = ANY ($2::text[])
+           AND s.expires_at > $3
+           AND ($6::interval IS NULL OR s.created_at + $6::interval > $3) AS is_kept
+    FROM sessions s
+    WHERE s.user_id = $1
+    ORDER BY s.id
+    FOR UPDATE
+), kept AS (
+    UPDATE sessions s
+    SET id = $9,
+        token = $10,
+        created_at = CASE WHEN $8 THEN $3 ELSE s.created_at END,
+        expires_at = CASE
+            WHEN NOT $8 THEN s.expires_at
+            WHEN s.expires_at - s.created_at < $4::interval - interval '60 seconds' THEN
+                $3::timestamp + least($5::interval, $6::interval)
+            ELSE $3::timestamp + least($4::interval, $6::interval)
+        END
+    FROM locked
+    WHERE locked.is_kept AND s.id = locked.id
+    RETURNING s.id, s.created_at, s.ip_address, s.user_agent,
+              least(s.expires_at, s.created_at + $6::interval) AS expires_at
+), gone AS (
+    DELETE FROM sessions s USING locked WHERE $7 AND NOT locked.is_kept AND s.id = locked.id RETURNING 1
+)
+SELECT (SELECT count(*) FROM gone) AS revoked,
+       k.id,
+       k.expires_at AT TIME ZONE 'UTC' AS expires_at,
+       k.created_at AT TIME ZONE 'UTC' AS created_at,
+       greatest(k.created_at, k.expires_at - $4::interval) AT TIME ZONE 'UTC' AS seen_at,
+       nullif(k.ip_address, '') AS ip_address,
+       nullif(k.user_agent, '') AS user_agent
+FROM (SELECT 1) AS one
+LEFT JOIN kept k ON true;
+
 -- name: delete_expired
 -- Deletes one batch of expired sessions, oldest first; answers how many rows went. Rows that another holds are skipped:
 -- other sweepers take other rows. The CTE is materialised, since a bare IN (… LIMIT) can run again per row and exceed
