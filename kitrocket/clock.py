@@ -36,3 +36,14 @@ def from_db(stored: datetime) -> datetime:
 def to_milliseconds(instant: datetime) -> datetime:
     """Cut an instant to whole milliseconds, the grain of JavaScript's clock, so that both languages store alike."""
     return instant.replace(microsecond=instant.microsecond // 1000 * 1000)
+
+
+def db_now(clock: Clock) -> datetime:
+    """Return what a clock answers, cut to milliseconds, as a column holds it.
+
+    In one step for a clock in UTC, since this is part of every request.
+    """
+    instant = clock()
+    if instant.tzinfo is not UTC:
+        return to_db(to_milliseconds(instant))
+    return instant.replace(tzinfo=None, microsecond=instant.microsecond // 1000 * 1000)

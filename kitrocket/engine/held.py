@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -20,44 +22,38 @@ if TYPE_CHECKING:
 class HeldConnection:
     """One connection of its own, kept for a hot statement; it reconnects after it was lost.
 
-    One statement at a time: the caller takes turns. The engine's command time-out holds here too, but is kept by one
-    timer in all rather than one per statement, which would cost a tenth of the statement; it cuts the connection.
+    One statement at a time: the caller takes turns. The engine's command time-out is kept by one timer in all, since
+    one per statement would cost a tenth of it: a statement that takes between once and twice as long is cut off.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
-        self._prepared: dict[str, asyncpg.prepared_stmt.PreparedStatement[asyncpg.Record]] = {}
-        self._named = True
+        #: SQL → what runs it on the present connection.
+        self._runs: dict[str, Callable[..., Awaitable[list[asyncpg.Record]]]] = {}
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
-        self._busy_since: float | None = None
+        #: How many statements began, and how many had when the timer last looked.
+        self._begun = 0
+        self._seen = 0
+        self._busy = False
 
     async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
         """Run a statement, prepared once per connection. Raises as :meth:`Engine.fetch`.
 
         When the call is cancelled, so is the statement; the next call waits for that, within the command time-out.
         """
+        self._begun += 1
+        self._busy = True
         try:
-            connection = self._connection
-            if connection is None or connection.is_closed():
-                connection = await self._connect()
-            self._busy_since = asyncio.get_running_loop().time()
-            if self._timer is None:
-                self._cut_if_late()
-            if not self._named:
-                return await connection.fetch(sql, *arguments)
-            prepared = self._prepared.get(sql)
-            if prepared is None:
-                prepared = self._prepared[sql] = await connection.prepare(sql)
-            return await prepared.fetch(*arguments)
+            return await (self._runs.get(sql) or await self._prepare(sql))(*arguments)
         except Exception as error:
             # A statement that a schema change has outdated is prepared again.
-            self._prepared.clear()
+            self._runs.clear()
             raise_ours(error)
             raise
         finally:
-            self._busy_since = None
+            self._busy = False
 
     async def aclose(self) -> None:
         """Close the connection, for good."""
@@ -65,31 +61,34 @@ class HeldConnection:
         if self._timer is not None:
             self._timer.cancel()
         connection, self._connection = self._connection, None
-        self._prepared.clear()
+        self._runs.clear()
         if connection is not None:
             with anyio.move_on_after(END_LIMIT, shield=True), suppress(asyncpg.InterfaceError, OSError):
                 await connection.close()
             if not connection.is_closed():
                 connection.terminate()
 
-    async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
-        self._prepared.clear()
-        if self._closed:
-            raise ConfigurationError("this connection was closed")
-        # Behind a pooler each statement may meet another server connection, which does not know the prepared ones.
-        self._named = not self._engine.pooler
-        connection: asyncpg.Connection[asyncpg.Record] = await self._engine.get_new_connection(timed=False)
-        self._connection = connection
-        return connection
+    async def _prepare(self, sql: str) -> Callable[..., Awaitable[list[asyncpg.Record]]]:
+        connection = self._connection
+        if connection is None or connection.is_closed():
+            if self._closed:
+                raise ConfigurationError("this connection was closed")
+            self._connection = connection = await self._engine.get_new_connection(timed=False)
+            connection.add_termination_listener(lambda _connection: self._runs.clear())
+        if self._timer is None:
+            self._watch()
+        if self._engine.pooler:
+            # Each statement may meet another server connection, which does not know the prepared ones.
+            return functools.partial(connection.fetch, sql)
+        self._runs[sql] = (await connection.prepare(sql)).fetch
+        return self._runs[sql]
 
-    def _cut_if_late(self) -> None:
-        """Cut a connection whose statement takes too long; look again when the present one will have."""
-        self._timer = None
-        if self._connection is None or self._busy_since is None:
+    def _watch(self) -> None:
+        """Cut the connection if its statement is the one that ran a whole time-out ago; look again after another."""
+        if self._connection is None or self._connection.is_closed():
+            self._timer = None
             return
-        loop = asyncio.get_running_loop()
-        rest = self._busy_since + self._engine.command_timeout - loop.time()
-        if rest > 0:
-            self._timer = loop.call_later(rest, self._cut_if_late)
-        else:
+        if self._busy and self._begun == self._seen:
             self._connection.terminate()
+        self._seen = self._begun
+        self._timer = asyncio.get_running_loop().call_later(self._engine.command_timeout, self._watch)

@@ -7,14 +7,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Literal
 
 import anyio
 import asyncpg
 
 from kitrocket import inputs
-from kitrocket.clock import Clock, from_db, to_db, to_milliseconds, utc_now
+from kitrocket.clock import Clock, db_now, from_db, to_db, utc_now
 from kitrocket.engine import Engine
 from kitrocket.errors import InvalidInputError, UserNotFoundError
 from kitrocket.ids import new_id
@@ -84,7 +84,7 @@ class SessionService:
         an error; a user agent is cut at 512 characters. With ``max_sessions`` the oldest ones make room.
         Raises :class:`UserNotFoundError`, :class:`InvalidInputError`.
         """
-        now = self._now()
+        now = db_now(self._clock)
         inputs.identifier("user_id", user_id)
         token = new_token()
         ttl = self._ttl if inputs.flag("remember", remember) else self._short_ttl
@@ -125,18 +125,16 @@ class SessionService:
         When it is due the expiry is extended, and ``refreshed`` says so. ``refresh=False`` only reads, and then
         ``node`` may name a replica, which can lag: a session revoked a moment ago may still be live there.
         """
-        inputs.secret("token", token)
         if node is not None and refresh:
             raise InvalidInputError("node", "a replica cannot refresh", "refresh=False with it")
-        if not is_possible(token):
+        forms = self._possible_forms("token", token)
+        if not forms:
             return None
-        now = self._now()
+        now = db_now(self._clock)
         if refresh:
-            row = await self._validator.find(self._forms(token), now)
+            row = await self._validator.find(forms, now)
         else:
-            row = await self._engine.fetchrow(
-                _SQL["look_up"], self._forms(token), now, self._ttl, self._max_lifetime, node=node
-            )
+            row = await self._engine.fetchrow(_SQL["look_up"], forms, now, self._ttl, self._max_lifetime, node=node)
         return None if row is None else _session_with_user(row)
 
     def coalescing(self) -> AbstractAsyncContextManager[None]:
@@ -148,7 +146,7 @@ class SessionService:
 
     def is_fresh(self, session: Session) -> bool:
         """Whether a session is young enough for what asks for a recent login."""
-        return not self._fresh_age or from_db(self._now()) < session.created_at + self._fresh_age
+        return not self._fresh_age or from_db(db_now(self._clock)) < session.created_at + self._fresh_age
 
     async def list(
         self, user_id: str, *, current: str | None = None, limit: int = 50, after: Session | str | None = None
@@ -158,7 +156,7 @@ class SessionService:
         ``current`` is the token of the one that asks: it gets ``is_current``. ``after`` is the last session of the page
         before, or its id (which an application can put in a URL, but which leads nowhere once that session is revoked).
         """
-        now = self._now()
+        now = db_now(self._clock)
         after_id, after_at = (after.id, to_db(after.created_at)) if isinstance(after, Session) else (after, None)
         rows = await self._engine.fetch(
             _SQL["list"],
@@ -209,7 +207,7 @@ class SessionService:
         says whether rows are left. Any number of sweepers may run at once. Where others write sessions too (``tokens``
         is not ``"digest"``) it also looks for those past their cap.
         """
-        now = self._now()
+        now = db_now(self._clock)
         most = math.inf if limit is None else inputs.whole_number("limit", limit, min=1)
         inputs.whole_number("batch_size", batch_size, min=1, max=100_000)
         seconds = math.inf if budget is None else inputs.duration("budget", budget).total_seconds()
@@ -232,9 +230,6 @@ class SessionService:
         more = stopped and bool(await self._engine.fetchval(_SQL["any_expired"], now, oldest))
         return SweepResult(deleted=deleted, batches=batches, more=more)
 
-    def _now(self) -> datetime:
-        return to_db(to_milliseconds(self._clock()))
-
     def _forms(self, token: str) -> tuple[str, ...]:
         """What a token may be stored as; the first is how it is written."""
         if self._tokens == "plain":
@@ -247,7 +242,8 @@ class SessionService:
 
 def _session_with_user(row: asyncpg.Record) -> SessionWithUser:
     """Make a validated answer, in one pass over plain dictionaries: this runs on every request."""
-    id, user_id, expires_at, created_at, seen_at, ip_address, user_agent, refreshed, *user = row
+    id, user_id, expires_at, created_at, seen_at, ip_address, user_agent, refreshed, *rest = row
+    email, name, email_verified, avatar, user_created_at, user_updated_at, *_ = rest
     return _VALIDATED(
         {
             "session": {
@@ -261,12 +257,12 @@ def _session_with_user(row: asyncpg.Record) -> SessionWithUser:
             },
             "user": {
                 "id": user_id,
-                "email": user[0],
-                "name": user[1],
-                "email_verified": user[2],
-                "avatar": user[3],
-                "created_at": user[4],
-                "updated_at": user[5],
+                "email": email,
+                "name": name,
+                "email_verified": email_verified,
+                "avatar": avatar,
+                "created_at": user_created_at,
+                "updated_at": user_updated_at,
             },
             "refreshed": refreshed,
         }
