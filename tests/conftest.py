@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 
+import argon2
 import pytest
 import pytest_asyncio
 
+from kitrocket import passwords
 from kitrocket.engine import Engine
 from kitrocket.testing import ManualClock, PostgresServer
 from servers import Server
@@ -81,3 +83,12 @@ async def engine(server: Server, database: str) -> AsyncIterator[Engine]:
 def clock() -> ManualClock:
     """A clock that stands at 2026-03-01 12:00 UTC until it is told to move."""
     return ManualClock()
+
+
+@pytest.fixture
+def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> argon2.PasswordHasher:
+    """New passwords are hashed with the least that argon2 allows: for tests whose subject is something else."""
+    hasher = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+    monkeypatch.setattr(passwords, "_ARGON2", hasher)
+    monkeypatch.setattr(passwords, "_DUMMY", hasher.hash("nobody's"))
+    return hasher

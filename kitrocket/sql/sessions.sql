@@ -207,8 +207,8 @@ SELECT count(*) FROM gone;
 
 -- name: rotate
 -- After a change of how a user signs in: the session to keep gets a new id and token, the others are deleted, expired
--- ones too. With a proven login it also begins anew; a short one stays short. A session to keep that is not live is one
--- of the others. Answers one row: how many were deleted, and the kept session or NULLs. The user's row must have been
+-- ones too. With a proven login it also begins anew; a short one stays short (a max_lifetime below ttl makes none
+-- short). A session to keep that is not live is one of the others. Answers one row: how many were deleted, and the kept session or NULLs. The user's row must have been
 -- locked by an earlier statement. Rows are locked in id order, as by revoke_others.
 -- $1 user, $2 the forms that the token to keep may be stored in, $3 now, $4 ttl, $5 short_ttl, $6 max_lifetime or NULL,
 -- $7 whether the others go, $8 whether the login was proven, $9 new id, $10 new token as stored
@@ -228,7 +228,7 @@ WITH locked AS MATERIALIZED (
         created_at = CASE WHEN $8 THEN $3 ELSE s.created_at END,
         expires_at = CASE
             WHEN NOT $8 THEN s.expires_at
-            WHEN s.expires_at - s.created_at < $4::interval - interval '60 seconds' THEN
+            WHEN s.expires_at - s.created_at < least($4::interval, $6::interval) - interval '60 seconds' THEN
                 $3::timestamp + least($5::interval, $6::interval)
             ELSE $3::timestamp + least($4::interval, $6::interval)
         END
