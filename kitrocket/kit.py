@@ -16,6 +16,7 @@ import anyio
 
 from kitrocket.accounts import AccountService
 from kitrocket.clock import Clock, utc_now
+from kitrocket.cookies import SessionCookie
 from kitrocket.engine import Engine, choose_conf
 from kitrocket.maintenance import run_every
 from kitrocket.migrations import check, migrate
@@ -96,6 +97,12 @@ class KitRocket:
             fresh_age=self.settings.session_fresh_age,
             max_sessions=self.settings.session_max_sessions,
             tokens=self.settings.session_tokens,
+        )
+        #: The cookie that the web helpers read and write.
+        self.session_cookie = SessionCookie(
+            [secret.get_secret_value() for secret in self.settings.better_auth_secret],
+            secure=self.settings.session_cookie_secure,
+            max_age=self.settings.session_ttl,
         )
         self.subscriptions = SubscriptionService(
             self.engine,

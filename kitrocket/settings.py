@@ -83,6 +83,10 @@ class Settings(BaseSettings):
     trusted_providers: Annotated[list[str], NoDecode] = []
     #: What becomes of a user who never proved an address that a provider has now verified for somebody.
     on_unverified_local: Literal["refuse", "take_over"] = "refuse"
+    #: Better Auth's secrets: its session cookie is read and written in place of our own. The first signs, all read.
+    better_auth_secret: Annotated[list[SecretStr], NoDecode] = []
+    #: Whether the site is on https, so that the session cookie is ``Secure``.
+    session_cookie_secure: bool = True
 
     #: Webhook keys (``whsec_…``): one or several, any may match.
     dodo_payments_webhook_key: Annotated[list[SecretStr], NoDecode] = []
@@ -115,6 +119,7 @@ class Settings(BaseSettings):
     @field_validator(
         "token_keys",
         "trusted_providers",
+        "better_auth_secret",
         "dodo_payments_webhook_key",
         "plans",
         "dodo_user_keys",
