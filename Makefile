@@ -26,7 +26,7 @@ up: $(READY) ## The same, then keep serving with the Studio open to look at
 
 .PHONY: test
 test: $(READY) ## Run the tests (under 10 minutes)
-	@$(BIN)/python -m pytest -m "not storm and not faults and not scale" $(PYTEST)
+	@$(BIN)/python -m pytest -m "not storm and not faults and not scale and not node" $(PYTEST)
 
 .PHONY: lint
 lint: $(READY) ## Check format, style, types and floors
@@ -55,13 +55,19 @@ test-faults: $(READY) ## Kill processes and cut connections, hundreds of times
 test-scale: $(READY) ## Run on millions of rows
 	@$(BIN)/python -m pytest -m scale --timeout 3600 $(PYTEST)
 
+.PHONY: test-better-auth
+test-better-auth: $(READY) ## Run Better Auth's and Drizzle's own packages against kitrocket (needs node 20 and npm)
+	@if command -v npm >/dev/null; then \
+	  cd examples/better-auth && npm install --no-audit --no-fund --no-package-lock --loglevel=error; fi
+	@$(BIN)/python -m pytest -m node -rs $(PYTEST)
+
 .PHONY: test-postgres15
 test-postgres15: $(READY) ## Run the tests on Debian's PostgreSQL 15 (apt-get install postgresql-15)
-	@$(BIN)/python scripts/with_postgres.py -- $(BIN)/python -m pytest -m "not storm and not faults and not scale and not browser" $(PYTEST)
+	@$(BIN)/python scripts/with_postgres.py -- $(BIN)/python -m pytest -m "not storm and not faults and not scale and not browser and not node" $(PYTEST)
 
 .PHONY: test-pooler
 test-pooler: $(READY) ## Run the integration tests through PgBouncer in transaction mode (apt-get install pgbouncer)
-	@$(BIN)/python scripts/with_postgres.py --pooler -- $(BIN)/python -m pytest -m "not storm and not faults and not scale and not browser" tests/integration $(PYTEST)
+	@$(BIN)/python scripts/with_postgres.py --pooler -- $(BIN)/python -m pytest -m "not storm and not faults and not scale and not browser and not node" tests/integration $(PYTEST)
 
 .PHONY: bench
 bench: $(READY) ## Measure against the raw driver and peers, in ratios

@@ -1,0 +1,235 @@
+"""The npm packages themselves and kitrocket on one database: `make test-better-auth`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import pytest_asyncio
+
+from better_auth import FOLDER, SECRET, Browser, better_auth, environment, push, require_node
+from kitrocket.better_auth import migrate_better_auth
+from kitrocket.clock import utc_now
+from kitrocket.engine import Engine
+from kitrocket.kit import KitRocket
+from kitrocket.settings import Settings
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.node, pytest.mark.direct, pytest.mark.timeout(180)]
+
+TESTS = Path(__file__).resolve().parents[1]
+EMAIL, PASSWORD = "ada@example.com", "pässwörd-ﬁ-Å-密码-🔑"
+
+
+@pytest_asyncio.fixture
+async def kit(engine: Engine) -> KitRocket:
+    """kitrocket in the shared mode, by the settings that the guide names."""
+    require_node()
+    await migrate_better_auth(engine)
+    settings = Settings(
+        session_tokens="plain",
+        password_scheme="better-auth",
+        better_auth_secret=[SECRET],
+        session_cookie_secure=False,
+    )
+    return KitRocket(settings, engine=engine, background=False)
+
+
+@pytest_asyncio.fixture
+async def address(kit: KitRocket, database_url: str) -> AsyncIterator[str]:
+    """Better Auth on the same database."""
+    async with better_auth(database_url) as address:
+        yield address
+
+
+def cookies_of(kit: KitRocket, token: str, *, remember: bool = True) -> dict[str, str]:
+    """What a browser keeps of the cookies that kitrocket sets."""
+    pairs = [line.partition(";")[0].partition("=")[::2] for line in kit.session_cookie.write(token, remember=remember)]
+    return {name: value for name, value in pairs if value}
+
+
+def header_of(browser: Browser) -> str:
+    return "; ".join(f"{cookie.name}={cookie.value}" for cookie in browser.client.cookies.jar)
+
+
+async def test_who_signed_up_there_is_signed_in_here(kit: KitRocket, address: str) -> None:
+    async with Browser(address) as browser:
+        answer = await browser.post("/sign-up/email", email="Ada@Example.com", name="Ada", password=PASSWORD)
+        assert answer.status_code == 200, answer.text
+        assert unquote(browser.client.cookies["better-auth.session_token"]).startswith(answer.json()["token"])
+        token = kit.session_cookie.read(header_of(browser))
+        assert token == answer.json()["token"]
+        assert kit.session_cookie.is_remembered(header_of(browser))
+    found = await kit.sessions.validate(token)
+    assert found is not None
+    assert (found.user.email, found.user.name, found.user.email_verified) == (EMAIL, "Ada", None)
+    assert found.session.user_agent == "Browser/1.0"
+    assert abs(found.session.created_at - utc_now()) < timedelta(seconds=30)
+    assert found.session.expires_at - found.session.created_at == timedelta(days=7)
+    user = await kit.users.authenticate(email=EMAIL, password=PASSWORD)
+    assert user == found.user
+    assert await kit.users.authenticate(email=EMAIL, password=PASSWORD + "x") is None
+    [account] = await kit.accounts.list(user.id)
+    assert (account.provider, account.provider_account_id) == ("credential", user.id)
+
+
+async def test_who_signed_up_here_signs_in_there(kit: KitRocket, address: str) -> None:
+    user = await kit.users.create(email="Ada@Example.com", name="Ada", password=PASSWORD)
+    async with Browser(address) as browser:
+        wrong = await browser.post("/sign-in/email", email=EMAIL, password=PASSWORD + "x")
+        assert wrong.status_code == 401
+        answer = await browser.post("/sign-in/email", email="ADA@example.com", password=PASSWORD)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["user"]["id"] == user.id
+        again = await browser.post("/sign-up/email", email=EMAIL, name="Other", password=PASSWORD)
+        assert again.status_code == 422
+    assert (await kit.sessions.validate(answer.json()["token"])) is not None
+
+
+async def test_a_cookie_set_here_is_a_session_there(kit: KitRocket, address: str) -> None:
+    user = await kit.users.create(email=EMAIL, name="Ada", password=PASSWORD)
+    issued = await kit.sessions.create(user.id, ip_address="203.0.113.7", user_agent="Elsewhere/2.0")
+    async with Browser(address, cookies_of(kit, issued.token)) as browser:
+        seen = await browser.session()
+        assert seen is not None
+        assert seen["user"]["email"] == EMAIL
+        assert seen["user"]["emailVerified"] is None
+        assert seen["session"]["id"] == issued.session.id
+        assert seen["session"]["userAgent"] == "Elsewhere/2.0"
+        assert datetime.fromisoformat(str(seen["session"]["expiresAt"])) == issued.session.expires_at
+        await kit.users.mark_email_verified(user.id)
+        seen = await browser.session()
+        assert seen is not None
+        assert seen["user"]["emailVerified"] is True
+    async with Browser(address, {"better-auth.session_token": issued.token}) as browser:
+        assert await browser.session() is None
+
+
+async def test_what_is_revoked_here_is_over_there(kit: KitRocket, address: str) -> None:
+    async with Browser(address) as browser:
+        answer = await browser.post("/sign-up/email", email=EMAIL, name="Ada", password=PASSWORD)
+        token = answer.json()["token"]
+        found = await kit.sessions.validate(token)
+        assert found is not None
+        assert await browser.session() is not None
+        assert await kit.sessions.revoke(found.session.id, user_id=found.user.id)
+        assert await browser.session() is None
+        assert await kit.sessions.validate(token) is None
+
+
+async def test_what_is_revoked_there_is_over_here(kit: KitRocket, address: str) -> None:
+    user = await kit.users.create(email=EMAIL, name="Ada", password=PASSWORD)
+    mine, other = [(await kit.sessions.create(user.id)).token for _ in range(2)]
+    async with Browser(address, cookies_of(kit, mine)) as browser:
+        listed = (await browser.client.get("/list-sessions")).json()
+        assert {one["token"] for one in listed} == {mine, other}
+        answer = await browser.post("/revoke-other-sessions")
+        assert answer.status_code == 200, answer.text
+        assert await kit.sessions.validate(other) is None
+        assert await kit.sessions.validate(mine) is not None
+        answer = await browser.post("/sign-out")
+        assert answer.status_code == 200, answer.text
+        assert await kit.sessions.validate(mine) is None
+        assert sorted(kit.session_cookie.clear()) == sorted(
+            line for line in answer.headers.get_list("set-cookie") if "session_data" not in line
+        )
+
+
+async def test_either_side_extends_a_session_of_either(kit: KitRocket, address: str, engine: Engine) -> None:
+    async with Browser(address) as browser:
+        answer = await browser.post("/sign-up/email", email=EMAIL, name="Ada", password=PASSWORD)
+        there = answer.json()["token"]
+        await age(engine, timedelta(days=2))
+        slid = await kit.sessions.validate(there)
+        assert slid is not None
+        assert slid.refreshed
+        assert abs(slid.session.expires_at - utc_now() - timedelta(days=7)) < timedelta(seconds=30)
+        seen = await browser.session()
+        assert seen is not None
+        assert datetime.fromisoformat(str(seen["session"]["expiresAt"])) == slid.session.expires_at
+
+    user = await kit.users.create(email="grace@example.com", name="Grace")
+    here = (await kit.sessions.create(user.id)).token
+    await age(engine, timedelta(days=2))
+    async with Browser(address, cookies_of(kit, here)) as browser:
+        seen = await browser.session()
+        assert seen is not None
+        extended = datetime.fromisoformat(str(seen["session"]["expiresAt"]))
+        assert abs(extended - utc_now() - timedelta(days=7)) < timedelta(seconds=30)
+        found = await kit.sessions.validate(here)
+        assert found is not None
+        assert (found.session.expires_at, found.refreshed) == (extended, False)
+
+
+async def age(engine: Engine, by: timedelta) -> None:
+    await engine.fetch(
+        "UPDATE sessions SET created_at = created_at - $1::interval, expires_at = expires_at - $1::interval", by
+    )
+
+
+async def test_a_session_that_is_not_remembered_is_told_by_its_second_cookie(
+    kit: KitRocket, address: str, engine: Engine
+) -> None:
+    user = await kit.users.create(email=EMAIL, name="Ada", password=PASSWORD)
+    async with Browser(address) as browser:
+        answer = await browser.post("/sign-in/email", email=EMAIL, password=PASSWORD, rememberMe=False)
+        assert answer.status_code == 200, answer.text
+        assert not kit.session_cookie.is_remembered(header_of(browser))
+        found = await kit.sessions.validate(answer.json()["token"])
+        assert found is not None
+        assert found.session.expires_at - found.session.created_at <= timedelta(days=1)
+
+    short = await kit.sessions.create(user.id, remember=False)
+    await age(engine, timedelta(hours=12))
+    for remember, kept in ((False, True), (True, False)):
+        async with Browser(address, cookies_of(kit, short.token, remember=remember)) as browser:
+            seen = await browser.session()
+            assert seen is not None
+            left = datetime.fromisoformat(str(seen["session"]["expiresAt"])) - utc_now()
+            assert (left < timedelta(days=1)) is kept
+
+
+async def test_a_secret_of_another_application_is_refused_by_both(kit: KitRocket, address: str) -> None:
+    user = await kit.users.create(email=EMAIL, name="Ada", password=PASSWORD)
+    issued = await kit.sessions.create(user.id)
+    stranger = KitRocket(
+        Settings(better_auth_secret=["another secret"], session_cookie_secure=False), engine=kit.engine
+    )
+    cookies = cookies_of(stranger, issued.token)
+    assert kit.session_cookie.read("; ".join(map("=".join, cookies.items()))) is None
+    async with Browser(address, cookies) as browser:
+        assert await browser.session() is None
+
+
+async def test_both_delete_what_the_other_made(kit: KitRocket, address: str, engine: Engine) -> None:
+    async with Browser(address) as browser:
+        answer = await browser.post("/sign-up/email", email=EMAIL, name="Ada", password=PASSWORD)
+        await browser.post("/request-password-reset", email=EMAIL)
+        gone = await kit.users.delete(answer.json()["user"]["id"])
+        assert (gone.sessions, gone.accounts) == (1, 1)
+        assert await browser.session() is None
+
+
+async def test_the_vectors_are_still_what_the_packages_make() -> None:
+    require_node()
+    made = subprocess.run(
+        ["node", "--input-type=module"],
+        input=(TESTS / "better_auth_vectors.mjs").read_text(encoding="utf-8"),
+        cwd=FOLDER,
+        env=environment(""),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    stored = json.loads((TESTS / "unit" / "better_auth_vectors.json").read_text(encoding="utf-8"))
+    assert json.loads(made.stdout)["cookies"] == stored["cookies"]
+
+
+async def test_drizzle_sees_no_difference(kit: KitRocket, database_url: str, engine: Engine) -> None:
+    push(database_url)
+    assert "No changes detected" in push(database_url)
