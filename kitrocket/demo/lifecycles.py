@@ -170,6 +170,7 @@ class Story:
 
     @property
     def email(self) -> str:
+        """An address made from the name."""
         return f"{self.name.lower().replace(' ', '.')}@example.com"
 
 

@@ -75,12 +75,16 @@ class _Read(BaseModel):
 
 
 class Customer(_Read):
+    """Whose subscription it is, at the provider."""
+
     customer_id: Word
     email: str | None = None
     metadata: Metadata = {}
 
 
 class ScheduledChange(_Read):
+    """The product that a subscription will change to, and when."""
+
     product_id: Word | None = None
     effective_at: Instant | None = None
 
@@ -117,6 +121,8 @@ class SubscriptionSnapshot(_Read):
 
 
 class ServicePeriod(_Read):
+    """The time that a payment pays for, in one subscription."""
+
     subscription_id: Word
     starts_at: Instant | None = None
     ends_at: Instant | None = None

@@ -28,10 +28,12 @@ class Place:
 
     @property
     def locks(self) -> Path:
+        """The folder of the lock files."""
         return self.data_dir.with_name(f"{self.data_dir.name}.locks")
 
     @property
     def log(self) -> Path:
+        """What the server prints."""
         return self.data_dir.with_name(f"{self.data_dir.name}.log")
 
     def log_size(self) -> int:
