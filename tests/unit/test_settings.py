@@ -60,3 +60,12 @@ def test_secrets_stay_out_of_the_repr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgres://ada:hunter2@127.0.0.1/app")
     monkeypatch.setenv("DODO_PAYMENTS_WEBHOOK_KEY", "whsec_hunter2")
     assert "hunter2" not in repr(Settings())
+
+
+def test_better_auths_secrets_are_a_list_that_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KITROCKET_BETTER_AUTH_SECRET", "new-secret, old-secret")
+    settings = Settings()
+    assert [secret.get_secret_value() for secret in settings.better_auth_secret] == ["new-secret", "old-secret"]
+    assert "old-secret" not in repr(settings) + settings.model_dump_json()
+    monkeypatch.setenv("KITROCKET_BETTER_AUTH_SECRET", '["a,b"]')
+    assert [secret.get_secret_value() for secret in Settings().better_auth_secret] == ["a,b"]
