@@ -18,6 +18,7 @@ repr or a log: where the data is secret, the attribute is left out too.
   + InvalidTokenError
   + SubscriptionConflictError
   + UsageConflictError
+  + RecorderClosedError
   + WindowNotExactError
   + WebhookNotFoundError
   + WebhookError
@@ -182,6 +183,13 @@ class UsageConflictError(KitRocketError):
 
     def __str__(self) -> str:
         return f"usage id {self.usage_id!r} is already recorded with another user, model or token count"
+
+
+class RecorderClosedError(KitRocketError):
+    """A call came after the kit was left, or waited when it was; it was not recorded."""
+
+    def __str__(self) -> str:
+        return "the kit was left, so the call was not recorded"
 
 
 class WindowNotExactError(KitRocketError):

@@ -46,8 +46,8 @@ class KitRocket:
     says whether background work runs while the block is open (``KITROCKET_BACKGROUND=0`` turns it off too).
 
     Construction does no input or output. Entering the block opens the engine, migrates an embedded database (another
-    one never: :class:`SchemaNotMigratedError`) and starts the background work; leaving it ends that work and closes
-    the engine.
+    one never: :class:`SchemaNotMigratedError`), lets calls of ``usage.record`` share commits and starts the background
+    work; leaving it ends that work, records what still waits and closes the engine.
     """
 
     def __init__(
@@ -118,7 +118,12 @@ class KitRocket:
             max_bytes=self.settings.webhook_max_bytes,
             max_attempts=self.settings.webhook_max_attempts,
         )
-        self.usage = UsageService(self.engine, clock=clock)
+        self.usage = UsageService(
+            self.engine,
+            clock=clock,
+            queue_size=self.settings.usage_queue_size,
+            linger=self.settings.usage_linger,
+        )
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -128,6 +133,7 @@ class KitRocket:
             else:
                 await check(self.engine)
             await stack.enter_async_context(self.sessions.coalescing())
+            await stack.enter_async_context(self.usage.recording(_owned))
             if self._background:
                 await stack.enter_async_context(_owned(self._work))
             self._stack = stack.pop_all()
@@ -194,7 +200,9 @@ async def _owned(work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator
     A task group entered here would break when a fixture or a framework leaves the block from another task. The task
     starts with an empty context, or it would inherit a transaction of whoever opened the kit.
     """
-    task = asyncio.create_task(work(), context=Context())  # noqa: TID251 - the one task whose owner is not a task group
+    task = asyncio.create_task(  # noqa: TID251 - the one task whose owner is not a task group
+        work(), name=f"kitrocket {work.__qualname__}", context=Context()
+    )
     try:
         yield
     finally:

@@ -109,6 +109,11 @@ class Settings(BaseSettings):
     webhook_retry_interval: timedelta = timedelta(seconds=60)
     webhook_retention_days: int = Field(default=90, ge=1)
 
+    #: How many calls may wait to be recorded before their callers have to wait too.
+    usage_queue_size: int = Field(default=10_000, ge=1)
+    #: How long a call waits for others to share its commit; zero: only while another commit runs.
+    usage_linger: timedelta = Field(default=timedelta(0), ge=timedelta(0), le=timedelta(seconds=10))
+
     #: Where staff log in to the Studio; only these host names are answered. Empty: any.
     studio_hosts: Annotated[list[str], NoDecode] = []
     #: Whether the Studio's cookies are sent over https only.
@@ -138,6 +143,7 @@ class Settings(BaseSettings):
         "session_fresh_age",
         "session_sweep_interval",
         "webhook_retry_interval",
+        "usage_linger",
         mode="before",
     )
     @classmethod

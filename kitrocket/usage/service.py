@@ -1,51 +1,26 @@
-"""AI token usage: one row a call, counted exactly once, summed over any window."""
+"""The service of AI token usage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import asyncpg
-from pydantic import BaseModel
 
 from kitrocket.clock import Clock, from_db, to_db, utc_now
 from kitrocket.engine import Engine
-from kitrocket.errors import DatabaseError, InvalidInputError, UsageConflictError
-from kitrocket.ids import new_usage_id
-from kitrocket.inputs import flag, instant, label, whole_number
+from kitrocket.errors import InvalidInputError, UsageConflictError
+from kitrocket.inputs import flag, label, whole_number
 from kitrocket.models import RecordedUsage, TopUser, UsageBucket, UsageEntry, UsageRecord
 from kitrocket.sql import statements
+from kitrocket.usage.calls import Call, checked, read
+from kitrocket.usage.recorder import Owner, Recorder
+from kitrocket.usage.writing import Writer
 from kitrocket.windows import Dimension, Window, bucket_starts, dimension, time_zone, window
 
-#: How far ahead of the clock a call may be dated: clocks of several machines differ a little.
-FUTURE_LIMIT = timedelta(minutes=5)
-#: How many rows one statement inserts; a longer list takes several, in one transaction.
-_BATCH = 5_000
-#: How often a batch is tried whose ids are taken but whose rows are gone before they can be read.
-_ROUNDS = 5
-
 _SQL = statements("usage")
-_NAMES = frozenset(UsageEntry.model_fields)
-_REQUIRED = ("user_id", "tokens", "model")
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A call as it is to be written. ``is_given`` says that the id is the caller's, so that it may be known already."""
-
-    id: str
-    user_id: str
-    tokens: int
-    model: str
-    at: datetime
-    is_given: bool
-
-    @property
-    def content(self) -> tuple[object, ...]:
-        """What must be equal for the same id to be the same call; its time need not be."""
-        return (self.user_id, self.tokens, self.model)
 
 
 class UsageService:
@@ -56,9 +31,18 @@ class UsageService:
     Every method raises :class:`InvalidInputError` for bad input, before anything is written.
     """
 
-    def __init__(self, engine: Engine, *, clock: Clock = utc_now) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        clock: Clock = utc_now,
+        queue_size: int = 10_000,
+        linger: timedelta = timedelta(0),
+    ) -> None:
         self._engine = engine
         self._clock = clock
+        self._writer = Writer(engine)
+        self._recorder = Recorder(engine, self._writer, queue_size=queue_size, linger=linger)
 
     # -- recording ----------------------------------------------------------------------------------------------
 
@@ -71,18 +55,23 @@ class UsageService:
         ``duplicate``, which answers the row as it was first recorded. Without one, the id is a new time-ordered UUID.
         ``at`` is the time of the call, at most 5 minutes ahead of the clock; now if left out.
 
-        Raises :class:`UsageConflictError` when the id is recorded with another user, model or number of tokens, and
-        :class:`UserNotFoundError`.
+        In a running kit, calls made at the same time share a commit, and one that is cancelled may still be recorded.
+
+        Raises :class:`UsageConflictError` when the id is recorded with another user, model or number of tokens,
+        :class:`UserNotFoundError`, and :class:`RecorderClosedError` after the kit was left.
         """
-        row = _checked("", now=self._now(), user_id=user_id, tokens=tokens, model=model, id=id, at=at)
-        there = (await self._write([row])).get(row.id)
+        call = checked("", now=self._now(), user_id=user_id, tokens=tokens, model=model, id=id, at=at)
+        if self._recorder.takes():
+            there = await self._recorder.record(call)
+        else:
+            there = (await self._writer.write([call])).get(call.id)
         return UsageRecord(
-            id=row.id,
-            user_id=row.user_id,
-            tokens=row.tokens,
-            model=row.model,
-            at=row.at if there is None else from_db(there["created_at"]),
-            duplicate=there is not None and row.is_given,
+            id=call.id,
+            user_id=call.user_id,
+            tokens=call.tokens,
+            model=call.model,
+            at=call.at if there is None else from_db(there["created_at"]),
+            duplicate=there is not None and call.is_given,
         )
 
     async def record_many(self, entries: Iterable[UsageEntry | Mapping[str, object]]) -> RecordedUsage:
@@ -94,48 +83,24 @@ class UsageService:
         now = self._now()
         if not isinstance(entries, Iterable):
             raise InvalidInputError("entries", f"it is a {type(entries).__name__}", "an iterable of entries")
-        rows: dict[str, _Row] = {}
+        calls: dict[str, Call] = {}
         count = 0
         for number, entry in enumerate(entries):
-            row = _read(f"entries[{number}]", entry, now)
-            if rows.setdefault(row.id, row).content != row.content:
-                raise UsageConflictError(row.id)
+            call = read(f"entries[{number}]", entry, now)
+            if not calls.setdefault(call.id, call).is_same_as(call):
+                raise UsageConflictError(call.id)
             count += 1
-        there = await self._write(sorted(rows.values(), key=lambda row: row.id)) if rows else {}
-        inserted = sum(1 for row in rows.values() if row.id not in there or not row.is_given)
+        there = await self._writer.write(sorted(calls.values(), key=lambda call: call.id)) if calls else {}
+        inserted = sum(1 for call in calls.values() if call.id not in there or not call.is_given)
         return RecordedUsage(inserted=inserted, duplicates=count - inserted)
 
-    async def _write(self, rows: Sequence[_Row]) -> dict[str, asyncpg.Record]:
-        """Insert rows whose ids differ and ascend, all or none, and return by id those that were there already."""
+    def recording(self, owned: Owner) -> AbstractAsyncContextManager[None]:
+        """Let calls of :meth:`record` made at the same time share a commit inside the block.
 
-        async def unit() -> dict[str, asyncpg.Record]:
-            if len(rows) == 1 and not self._engine.in_transaction():
-                return await self._insert(rows)
-            there: dict[str, asyncpg.Record] = {}
-            async with self._engine.transaction():
-                for start in range(0, len(rows), _BATCH):
-                    there |= await self._insert(rows[start : start + _BATCH])
-            return there
-
-        return await self._engine.retry(unit, idempotent=True)
-
-    async def _insert(self, rows: Sequence[_Row]) -> dict[str, asyncpg.Record]:
-        there: dict[str, asyncpg.Record] = {}
-        for _ in range(_ROUNDS):
-            new = {row["id"] for row in await self._engine.fetch(_SQL["insert"], *_columns(rows))}
-            taken = [row for row in rows if row.id not in new]
-            if not taken:
-                return there
-            found = {row["id"]: row for row in await self._engine.fetch(_SQL["recorded"], [row.id for row in taken])}
-            for row in taken:
-                if row.id in found and row.content != _content(found[row.id]):
-                    raise UsageConflictError(row.id)
-            there |= found
-            # A row that was deleted between the two statements is free to be written again.
-            rows = [row for row in taken if row.id not in found]
-            if not rows:
-                return there
-        raise DatabaseError("usage rows can be neither inserted nor read; may this role see every row of the table?")
+        ``owned`` runs the task that does it. Leaving the block refuses new calls and writes those that wait, for at
+        most 5 seconds.
+        """
+        return self._recorder.open(owned)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -203,52 +168,6 @@ class UsageService:
 
     def _now(self) -> datetime:
         return self._clock().astimezone(UTC)
-
-
-def _checked(
-    prefix: str, *, now: datetime, user_id: object, tokens: object, model: object, id: object = None, at: object = None
-) -> _Row:
-    """Check a call's values; ``prefix`` stands before their names in an error."""
-    when = now if at is None else instant(f"{prefix}at", at)
-    if when > now + FUTURE_LIMIT:
-        raise InvalidInputError(f"{prefix}at", "it is in the future", "a time at most 5 minutes ahead of the clock")
-    return _Row(
-        user_id=label(f"{prefix}user_id", user_id),
-        tokens=whole_number(f"{prefix}tokens", tokens),
-        model=label(f"{prefix}model", model),
-        id=new_usage_id(now) if id is None else label(f"{prefix}id", id),
-        at=when,
-        is_given=id is not None,
-    )
-
-
-def _read(field: str, entry: object, now: datetime) -> _Row:
-    """Read an entry of ``record_many``."""
-    values = dict(entry) if isinstance(entry, BaseModel | Mapping) else None
-    if values is None:
-        raise InvalidInputError(
-            field, f"it is a {type(entry).__name__}", "a UsageEntry or a mapping with record's names"
-        )
-    if not values.keys() <= _NAMES:
-        raise InvalidInputError(field, "it has a name that record does not know", ", ".join(sorted(_NAMES)))
-    for name in _REQUIRED:
-        if name not in values:
-            raise InvalidInputError(f"{field}.{name}", "it is missing", "a value")
-    return _checked(f"{field}.", now=now, **values)
-
-
-def _columns(rows: Sequence[_Row]) -> tuple[list[str], list[str], list[int], list[str], list[datetime]]:
-    return (
-        [row.id for row in rows],
-        [row.user_id for row in rows],
-        [row.tokens for row in rows],
-        [row.model for row in rows],
-        [to_db(row.at) for row in rows],
-    )
-
-
-def _content(row: asyncpg.Record) -> tuple[object, ...]:
-    return (row["user_id"], row["tokens_used"], row["model"])
 
 
 def _bounds(window: Window) -> tuple[datetime, datetime | None]:

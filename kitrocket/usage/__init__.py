@@ -1,0 +1,6 @@
+"""AI token usage: one row a call, counted exactly once, summed over any window."""
+
+from kitrocket.usage.calls import FUTURE_LIMIT
+from kitrocket.usage.service import UsageService
+
+__all__ = ["FUTURE_LIMIT", "UsageService"]

@@ -1,0 +1,78 @@
+"""How calls become rows: one statement a batch, the primary key the only thing that knows a repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import asyncpg
+
+from kitrocket.engine import Engine
+from kitrocket.errors import DatabaseError, UsageConflictError
+from kitrocket.sql import statements
+from kitrocket.usage.calls import Call, columns
+
+#: How many rows one statement inserts; a longer list takes several, in one transaction.
+_BATCH = 50_000
+#: How often a batch is tried whose ids are taken but whose rows are gone before they can be read.
+_ROUNDS = 5
+
+_SQL = statements("usage")
+
+
+class Source(Protocol):
+    """What runs a statement: the engine, or a connection held for it."""
+
+    async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Run a statement and return its rows."""
+        ...
+
+
+class Writer:
+    """Writes calls whose ids differ and ascend."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def write(self, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
+        """Insert all calls or none, and return by id the rows that were there already.
+
+        In the running task's transaction if it has one. Raises :class:`UsageConflictError` and
+        :class:`UserNotFoundError`.
+        """
+
+        async def unit() -> dict[str, asyncpg.Record]:
+            if len(calls) == 1 and not self._engine.in_transaction():
+                return await self._insert_or_refuse(calls)
+            there: dict[str, asyncpg.Record] = {}
+            async with self._engine.transaction():
+                for start in range(0, len(calls), _BATCH):
+                    there |= await self._insert_or_refuse(calls[start : start + _BATCH])
+            return there
+
+        return await self._engine.retry(unit, idempotent=True)
+
+    async def _insert_or_refuse(self, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
+        there = await self.insert(self._engine, calls)
+        for call in calls:
+            if call.id in there and not call.is_recorded_as(there[call.id]):
+                raise UsageConflictError(call.id)
+        return there
+
+    async def insert(self, source: Source, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
+        """Insert what is new, in one statement, and return by id the rows that were there already.
+
+        They may be other calls with the same id. Outside of a transaction the insert is committed when this returns.
+        """
+        there: dict[str, asyncpg.Record] = {}
+        for _ in range(_ROUNDS):
+            new = {row["id"] for row in await source.fetch(_SQL["insert"], *columns(calls))}
+            taken = [call for call in calls if call.id not in new]
+            if not taken:
+                return there
+            there |= {row["id"]: row for row in await source.fetch(_SQL["recorded"], [call.id for call in taken])}
+            # A row that was deleted between the two statements is free to be written again.
+            calls = [call for call in taken if call.id not in there]
+            if not calls:
+                return there
+        raise DatabaseError("usage rows can be neither inserted nor read; may this role see every row of the table?")
