@@ -65,7 +65,7 @@ class Proofs:
     def make(self, purpose: Purpose, user_id: str, state: Sequence[str | None], now: datetime) -> str:
         """Return a token for a user whose state this is; it ends an hour after ``now``."""
         claim = {"purpose": purpose, "user": user_id, "exp": int((now + LIFE).timestamp())}
-        payload = _encode(json.dumps(claim, separators=(",", ":")).encode())
+        payload = _encode(json.dumps(claim, separators=(",", ":"), ensure_ascii=False).encode())
         return f"{payload}.{self._mac(purpose, payload, state)}"
 
     def read(self, purpose: Purpose, token: str, now: datetime) -> Claim:

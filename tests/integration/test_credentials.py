@@ -16,6 +16,7 @@ from racing import together, until_someone_waits
 
 from factories import AT, make_account, make_session, make_user
 from kitrocket import KitRocket, Settings
+from kitrocket.clock import to_db
 from kitrocket.engine import Engine
 from kitrocket.errors import EmailTakenError, InvalidInputError, UserNotFoundError, WrongPasswordError
 from kitrocket.models import CredentialChange, IssuedSession
@@ -164,6 +165,9 @@ async def test_the_cap_holds_for_the_kept_session(engine: Engine, clock: ManualC
         change = await kit.users.change_password(user_id, current=OLD, new=NEW, keep=mine.token)
         assert change.issued is not None
         assert change.issued.session.expires_at == clock.now + life
+        assert await engine.fetchval("SELECT max(expires_at) FROM sessions WHERE user_id = $1", user_id) == to_db(
+            clock.now + life
+        )
 
 
 @pytest.mark.parametrize(
@@ -311,6 +315,29 @@ async def test_changing_and_revoking_at_once_never_deadlock(kit: KitRocket, engi
         )
         assert [type(answer).__name__ for answer in answers] == ["CredentialChange", "int", "int"]
         assert await kit.sessions.validate(issued[3].token) is None
+
+
+async def test_sessions_are_locked_in_the_order_of_their_ids(kit: KitRocket, engine: Engine, old_hash: str) -> None:
+    """Who holds the first and wants the last finds nobody who holds the last and wants the first."""
+    user_id = await make_login(engine, old_hash)
+    kept = "A" * 32
+    for id, token in (("z", kept), ("m", "other"), ("a", "x" * 32)):
+        await make_session(engine, user_id, id=id, token=digest(token))
+    answers: list[object] = []
+
+    async def change() -> None:
+        answers.append(await kit.users.change_password(user_id, current=OLD, new=NEW, keep=kept))
+
+    async with engine.direct() as other:
+        transaction = other.transaction()
+        await transaction.start()
+        await other.execute("SELECT FROM sessions WHERE id = 'a' FOR UPDATE")
+        async with anyio.create_task_group() as group:
+            group.start_soon(change)
+            await until_someone_waits(engine)
+            await other.execute("SELECT FROM sessions WHERE id IN ('m', 'z') FOR UPDATE NOWAIT")
+            await transaction.rollback()
+    assert isinstance(answers[0], CredentialChange)
 
 
 async def test_a_session_that_slides_meanwhile_is_not_brought_back(
