@@ -5,8 +5,21 @@ databases can be migrated in one process, past any pooler, one migrator at a tim
 ``piccolo migrations forwards kitrocket`` and :func:`migrate` can take turns. Nothing is printed.
 """
 
-from kitrocket.migrations.adoption import adopt
-from kitrocket.migrations.forwards import Report, check, migrate, migrate_app, pending
+from kitrocket.migrations.adoption import adopt, is_foreign
+from kitrocket.migrations.forwards import Report, applied, check, migrate, migrate_app, pending
+from kitrocket.migrations.protection import find_exposed, protect
 from kitrocket.migrations.push import push
 
-__all__ = ["Report", "adopt", "check", "migrate", "migrate_app", "pending", "push"]
+__all__ = [
+    "Report",
+    "adopt",
+    "applied",
+    "check",
+    "find_exposed",
+    "is_foreign",
+    "migrate",
+    "migrate_app",
+    "pending",
+    "protect",
+    "push",
+]

@@ -146,6 +146,16 @@ async def adopt(engine: Engine, *, report: Report | None = None) -> list[str]:
         return await forwards(connection, APP, modules, tell)
 
 
+async def is_foreign(engine: Engine) -> bool:
+    """Whether the five tables stand without a history of ours: another tool made them, or dropped the history."""
+    if await applied(engine, APP):
+        return False
+    standing: int = await engine.fetchval(
+        "SELECT count(*) FROM unnest($1::text[]) t WHERE to_regclass('public.' || t) IS NOT NULL", list(_COLUMNS)
+    )
+    return standing == len(_COLUMNS)
+
+
 async def _stands(connection: Connection, module: ModuleType) -> bool:
     """Whether what a migration makes is there: the tables it creates, or the names of the compared constraints."""
     if module.ID == _RENAMING:
