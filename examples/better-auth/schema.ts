@@ -102,4 +102,4 @@ export const migration = pgTable("migration", {
   name: varchar("name", { length: 200 }).notNull().default(""),
   appName: varchar("app_name", { length: 200 }).notNull().default(""),
   ranOn: timestamp("ran_on").notNull().default(sql`CURRENT_TIMESTAMP`),
-});
+}).enableRLS();

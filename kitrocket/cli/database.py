@@ -8,18 +8,25 @@ from typing import Annotated
 import typer
 
 from kitrocket import migrations
+from kitrocket.better_auth import migrate_better_auth
 from kitrocket.cli.running import embedded_server, opened, out, remarks, run
 
 app = typer.Typer(no_args_is_help=True, help="The schema, and the embedded server.")
 
 
 @app.command()
-def migrate() -> None:
+def migrate(
+    better_auth: Annotated[
+        bool, typer.Option("--better-auth", help="Add what Better Auth wants, too: columns, a table, an index.")
+    ] = False,
+) -> None:
     """Apply the migrations that are pending. Any number of processes may do so at once."""
 
     async def work() -> None:
         async with opened(migrated=False) as kit:
             done = await migrations.migrate(kit.engine, report=remarks.print)
+            if better_auth:
+                done += await migrate_better_auth(kit.engine, report=remarks.print)
         out.print(_applied(done))
 
     run(work)
@@ -49,6 +56,22 @@ def adopt() -> None:
         async with opened(migrated=False) as kit:
             done = await migrations.adopt(kit.engine, report=remarks.print)
         out.print(f"Adopted. {_applied(done)}")
+
+    run(work)
+
+
+@app.command()
+def protect() -> None:
+    """Close the tables to Supabase's roles anon and authenticated, which serve them over HTTP."""
+
+    async def work() -> None:
+        async with opened() as kit:
+            done = await migrations.protect(kit.engine, report=remarks.print)
+        out.print(
+            "Protected: nothing is granted to anon and authenticated, and row-level security is on."
+            if done
+            else "Nothing to do: there are no roles anon and authenticated."
+        )
 
     run(work)
 

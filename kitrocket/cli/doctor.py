@@ -3,60 +3,161 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Annotated
 
+import typer
+
+from kitrocket import better_auth
+from kitrocket.cli.drizzle import declarations
 from kitrocket.cli.running import embedded_server, opened, out, run
-from kitrocket.ddl import SEED_INDEXES
+from kitrocket.ddl import SEED_INDEXES, ConcurrentIndex
 from kitrocket.engine import Engine
+from kitrocket.inputs import normalised_email
 from kitrocket.kit import KitRocket
-from kitrocket.migrations import pending
+from kitrocket.migrations import applied, find_exposed, is_foreign, pending
+from kitrocket.settings import Settings
+from kitrocket.sql import statements
+
+_SQL = statements("doctor")
+
+#: How many users one line of a finding names.
+_MOST_NAMED = 20
 
 
-def doctor() -> None:
-    """Look at the settings, the server, the migrations and the indexes. Exit code 1 when something is wrong."""
+def doctor(
+    drizzle: Annotated[
+        bool, typer.Option("--drizzle", help="Only print what to paste into the Drizzle schema, and look at nothing.")
+    ] = False,
+) -> None:
+    """Look at settings, server, migrations, indexes, grants and addresses. Exit code 1 when something is wrong."""
+    if drizzle:
+        out.print(declarations(better_auth=bool(Settings().better_auth_secret)))
+        return
 
     async def work() -> bool:
         async with opened(migrated=False) as kit:
             version = await kit.engine.fetchval("SELECT current_setting('server_version')")
-            out.print(f"ok     PostgreSQL {version} answers")
+            _ok(f"PostgreSQL {version} answers")
             _say_server(kit)
-            _say_settings(kit)
-            return await _migrations(kit.engine) and await _indexes(kit.engine)
+            _say_settings(kit.settings)
+            # The next ones need the tables.
+            if not await _migrations(kit.engine):
+                return False
+            checks = [
+                await _indexes(kit.engine),
+                await _better_auth(kit),
+                await _exposure(kit.engine),
+                await _addresses(kit.engine),
+            ]
+            await _say_oauth_tokens(kit)
+            return all(checks)
 
     if not run(work):
         sys.exit(1)
+
+
+def _ok(line: str) -> bool:
+    out.print(f"ok     {line}")
+    return True
+
+
+def _note(line: str) -> None:
+    out.print(f"note   {line}")
+
+
+def _wrong(line: str) -> bool:
+    out.print(f"wrong  {line}")
+    return False
 
 
 def _say_server(kit: KitRocket) -> None:
     if kit.engine.is_embedded:
         status = embedded_server().status()
         holders = ", ".join(map(str, status.holders))
-        out.print(f"ok     it is the embedded server, pid {status.pid}, used by process {holders}")
+        _ok(f"it is the embedded server, pid {status.pid}, used by process {holders}")
 
 
-def _say_settings(kit: KitRocket) -> None:
-    if not kit.settings.dodo_payments_webhook_key:
-        out.print("note   DODO_PAYMENTS_WEBHOOK_KEY is not set: webhooks are answered with 503")
-    elif not kit.settings.dodo_products:
-        out.print("note   KITROCKET_DODO_PRODUCTS maps no product to a plan: subscriptions are parked")
+def _say_settings(settings: Settings) -> None:
+    if not settings.dodo_payments_webhook_key:
+        _note("DODO_PAYMENTS_WEBHOOK_KEY is not set: webhooks are answered with 503")
+    elif not settings.dodo_products:
+        _note("KITROCKET_DODO_PRODUCTS maps no product to a plan: subscriptions are parked")
+    if settings.better_auth_secret and settings.session_tokens != "plain":
+        _note("KITROCKET_SESSION_TOKENS is not plain: Better Auth cannot read the sessions that kitrocket makes")
+    if settings.better_auth_secret and settings.password_scheme != "better-auth":
+        _note("KITROCKET_PASSWORD_SCHEME is not better-auth: Better Auth cannot read the passwords set here")
 
 
 async def _migrations(engine: Engine) -> bool:
     missing = await pending(engine)
-    if missing:
-        out.print(f"wrong  {len(missing)} migration(s) are pending: kitrocket db migrate")
-        return False
-    out.print("ok     every migration is applied")
-    return True
+    if not missing:
+        return _ok("every migration is applied")
+    if await is_foreign(engine):
+        return _wrong("the five tables stand, and no history says who made them: kitrocket db adopt")
+    return _wrong(f"{len(missing)} migration(s) are pending: kitrocket db migrate")
 
 
 async def _indexes(engine: Engine) -> bool:
     """Tell of indexes that another schema tool dropped, or that a killed build left unusable."""
+    return await _stand(engine, SEED_INDEXES) and _ok(f"the {len(SEED_INDEXES)} indexes on the five tables stand")
+
+
+async def _stand(engine: Engine, indexes: Sequence[ConcurrentIndex]) -> bool:
     async with engine.direct() as connection:
-        states = {index: await index.is_valid(connection) for index in SEED_INDEXES}
+        states = {index: await index.is_valid(connection) for index in indexes}
     for index, valid in states.items():
         if not valid:
-            out.print(f"wrong  index {index.name} is {'missing' if valid is None else 'unusable'}: {index.create};")
-    if all(states.values()):
-        out.print(f"ok     the {len(states)} indexes on the five tables stand")
-        return True
-    return False
+            _wrong(f"index {index.name} is {'missing' if valid is None else 'unusable'}: {index.create};")
+    return all(states.values())
+
+
+async def _better_auth(kit: KitRocket) -> bool:
+    """Look at what Better Auth wants where it was asked for."""
+    if not await applied(kit.engine, better_auth.APP):
+        return not kit.settings.better_auth_secret or _wrong(
+            "KITROCKET_BETTER_AUTH_SECRET is set, but Better Auth's columns are missing: "
+            "kitrocket db migrate --better-auth"
+        )
+    return await _stand(kit.engine, [better_auth.SESSIONS_CREATED_AT]) and _ok("Better Auth has what it wants")
+
+
+async def _exposure(engine: Engine) -> bool:
+    """Tell of what the holders of Supabase's public key can reach."""
+    found = await find_exposed(engine)
+    for line in found:
+        _wrong(f"{line}: kitrocket db protect")
+    return not found
+
+
+async def _addresses(engine: Engine) -> bool:
+    """Tell of e-mail addresses that another writer stored in a form of its own, by the ids of their users."""
+    odd: dict[str, str] = {}
+    lost: list[str] = []
+    after = ""
+    while rows := await engine.fetch(_SQL["odd_addresses"], after):
+        after = rows[-1]["id"]
+        for row in rows:
+            normal = normalised_email(row["email"])
+            if normal != row["email"]:
+                odd[row["id"]] = normal
+                if normal != row["lowered"]:
+                    lost.append(row["id"])
+    twins = await engine.fetch(_SQL["same_addresses"], list(odd), list(odd.values()))
+    if odd:
+        _note(f"{len(odd)} user(s) have an e-mail address that is not stripped, NFC and lower case: {_named(odd)}")
+    if lost:
+        _wrong(f"{len(lost)} of them are not found by their address, which must be rewritten: {_named(lost)}")
+    for row in twins[:_MOST_NAMED]:
+        _wrong(f"users {_named(row['ids'])} have one e-mail address: keep one of them")
+    return not lost and not twins
+
+
+def _named(ids: Sequence[str] | dict[str, str]) -> str:
+    names = [repr(id) for id in list(ids)[:_MOST_NAMED]]
+    return ", ".join([*names, "… and more"] if len(ids) > _MOST_NAMED else names)
+
+
+async def _say_oauth_tokens(kit: KitRocket) -> None:
+    if not kit.settings.token_keys and await kit.engine.fetchval(_SQL["any_plain_oauth_token"]):
+        _note("OAuth tokens are stored plain: set KITROCKET_TOKEN_KEYS, unless Better Auth must read them")

@@ -1,0 +1,27 @@
+-- What `kitrocket doctor` looks for in the rows.
+
+-- name: odd_addresses
+-- A page of the users whose e-mail address has a character beyond lower-case ASCII, the only ones that may not be in
+-- the form that is stored.
+-- $1 the last id of the page before, '' at first
+SELECT u.id, u.email, lower(u.email) AS lowered
+  FROM users u
+ WHERE u.id > $1 AND (u.email COLLATE "C") ~ '[^!-@[-~]'
+ ORDER BY u.id
+ LIMIT 1000;
+
+-- name: same_addresses
+-- Users that have one address once it is in the form that is stored: odd ones, and whoever has it in that form already.
+-- $1 ids of users with an odd address, $2 their addresses in that form
+WITH odd AS (
+    SELECT o.id, o.email FROM unnest($1::text[], $2::text[]) AS o(id, email)
+), everyone AS (
+    SELECT id, email FROM odd
+    UNION
+    SELECT u.id, u.email FROM users u WHERE u.email IN (SELECT email FROM odd)
+)
+SELECT array_agg(id ORDER BY id) AS ids FROM everyone GROUP BY email HAVING count(DISTINCT id) > 1 ORDER BY 1;
+
+-- name: any_plain_oauth_token
+-- Whether an OAuth token is stored as the provider issued it.
+SELECT EXISTS (SELECT FROM accounts a WHERE a.access_token NOT LIKE 'f1$%' OR a.refresh_token NOT LIKE 'f1$%');
