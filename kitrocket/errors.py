@@ -16,6 +16,7 @@ repr or a log: where the data is secret, the attribute is left out too.
   + TokenRefreshError
   + WrongPasswordError
   + InvalidTokenError
+  + SessionNotFreshError
   + SubscriptionConflictError
   + UsageConflictError
   + RecorderClosedError
@@ -165,6 +166,17 @@ class InvalidTokenError(KitRocketError):
 
     def __str__(self) -> str:
         return "the token is not valid"
+
+
+class SessionNotFreshError(KitRocketError):
+    """The session is live, but its sign-in is too long ago for what is asked: the user must sign in again."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id)
+        self.session_id = session_id
+
+    def __str__(self) -> str:
+        return f"session {self.session_id!r} is too old for this; sign in again"
 
 
 class SubscriptionConflictError(KitRocketError):

@@ -16,7 +16,7 @@ import asyncpg
 from kitrocket import inputs
 from kitrocket.clock import Clock, db_now, from_db, to_db, utc_now
 from kitrocket.engine import Engine
-from kitrocket.errors import InvalidInputError, UserNotFoundError
+from kitrocket.errors import InvalidInputError, SessionNotFreshError, UserNotFoundError
 from kitrocket.ids import new_id
 from kitrocket.models import IssuedSession, Session, SessionWithUser, SweepResult
 from kitrocket.sessions.validation import Validator
@@ -147,6 +147,11 @@ class SessionService:
     def is_fresh(self, session: Session) -> bool:
         """Whether a session is young enough for what asks for a recent login."""
         return not self._fresh_age or from_db(db_now(self._clock)) < session.created_at + self._fresh_age
+
+    def require_fresh(self, session: Session) -> None:
+        """Raise :class:`SessionNotFreshError` unless a session :meth:`is_fresh`."""
+        if not self.is_fresh(session):
+            raise SessionNotFreshError(session.id)
 
     async def list(
         self, user_id: str, *, current: str | None = None, limit: int = 50, after: Session | str | None = None

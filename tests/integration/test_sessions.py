@@ -10,7 +10,7 @@ import pytest
 from factories import make_session, make_user
 from kitrocket.clock import from_db
 from kitrocket.engine import Engine
-from kitrocket.errors import InvalidInputError, UserNotFoundError
+from kitrocket.errors import InvalidInputError, SessionNotFreshError, UserNotFoundError
 from kitrocket.models import IssuedSession, Session
 from kitrocket.sessions import SessionService
 from kitrocket.sessions.service import TokenStorage
@@ -186,8 +186,12 @@ async def test_a_session_is_fresh_for_a_while(engine: Engine, clock: ManualClock
     session = (await sessions.create(await make_user(engine))).session
     clock.advance(timedelta(hours=1) - SECOND)
     assert sessions.is_fresh(session)
+    sessions.require_fresh(session)
     clock.advance(SECOND)
     assert not sessions.is_fresh(session)
+    with pytest.raises(SessionNotFreshError) as caught:
+        sessions.require_fresh(session)
+    assert caught.value.session_id == session.id
     assert SessionService(engine, clock=clock, fresh_age=timedelta(0)).is_fresh(session)
 
 
