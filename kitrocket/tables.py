@@ -178,6 +178,8 @@ class DodoSubscriptions(Table, tablename="dodo_subscriptions", schema=SCHEMA):
     dispute_open = Boolean(default=False)
     charged = Boolean(default=False)
     charge_failed = Boolean(default=False)
+    #: The key of the newest event that named an existing user.
+    named_key = Text(null=True, default=None)
 
 
 class DodoPayments(Table, tablename="dodo_payments", schema=SCHEMA):
@@ -197,8 +199,23 @@ class DodoPayments(Table, tablename="dodo_payments", schema=SCHEMA):
     disputes = JSONB(default="{}")
 
 
+class BillingIncidents(Table, tablename="billing_incidents", schema=SCHEMA):
+    """What somebody should look at: open until it is over, at most one of a kind and subject at a time."""
+
+    id = Text(primary_key=True, default=NewId())
+    kind = Text(default=None)
+    subject = Text(default=None)
+    user_id = Text(null=True, default=None)
+    opened_at = Timestamp(default=None)
+    closed_at = Timestamp(null=True, default=None)
+    detail = JSONB(default="{}")
+    hook_state = Text(default="none")
+    hook_attempts = Integer(default=0)
+    hook_next_at = Timestamp(null=True, default=None)
+
+
 #: The seed's five, in the order of their foreign keys.
 SEED_TABLES: tuple[type[Table], ...] = (Users, Sessions, Accounts, Subscriptions, Usage)
 
 #: kitrocket's own, in schema ``kitrocket``.
-OWN_TABLES: tuple[type[Table], ...] = (WebhookEvents, DodoSubscriptions, DodoPayments)
+OWN_TABLES: tuple[type[Table], ...] = (WebhookEvents, DodoSubscriptions, DodoPayments, BillingIncidents)

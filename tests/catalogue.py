@@ -10,7 +10,8 @@ SEED_SQL = (Path(__file__).parent / "migrations" / "seed.sql").read_text(encodin
 SEED_TABLES = ["users", "sessions", "accounts", "subscriptions", "usage"]
 
 _COLUMNS = """
-SELECT c.relname, a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity::text,
+SELECT c.relname, row_number() OVER (PARTITION BY c.oid ORDER BY a.attnum) AS place, a.attname,
+       format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity::text,
        a.attgenerated::text, l.collname, pg_get_expr(d.adbin, d.adrelid)
   FROM pg_attribute a
   JOIN pg_class c ON c.oid = a.attrelid

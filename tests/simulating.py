@@ -75,7 +75,7 @@ def simulate(seed: int, *, subscriptions: int, events: int, payloads: Literal["f
             lives.append(_Life(rng, f"sub_{seed}_{len(lives)}", person))
     most = [events // subscriptions + (number < events % subscriptions) for number in range(subscriptions)]
     told = [event for life, count in zip(lives, most, strict=True) for event in life.tell(count, payloads)]
-    users = sorted({life.person.user_id for life in lives})
+    users = sorted({user_id for life in lives for user_id in (life.person.user_id, life.heir)})
     late = [user for user in users if rng.random() < 0.05]
     world = World([user for user in users if user not in late], late, sorted(told, key=lambda event: event.at))
     world.deliveries = [(event.webhook_id, event.body) for event in told]
@@ -102,6 +102,7 @@ class _Life:
         self.now = person.since + rng.random() * 60 * DAY
         self.told: list[tuple[str, datetime, dict[str, Any]]] = []
         self.payments: list[dict[str, Any]] = []
+        self.heir = f"{person.user_id}_heir"
         name = {rng.choice(USER_KEYS): person.user_id}
         self.state: dict[str, Any] = {
             "subscription_id": id,
@@ -166,7 +167,8 @@ class _Life:
         status = self.state["status"]
         if status == "active":
             usual = [self.renews, self.renews, self.renews, self.upgrades, self.schedules, self.flags, self.unflags]
-            return [*usual, self.falls_behind, self.pauses, self.cancels, self.gives_back, self.disputes, self.chatters]
+            rare = [self.falls_behind, self.pauses, self.cancels, self.gives_back, self.disputes, self.moves]
+            return [*usual, *rare, self.chatters]
         if status == "past_due":
             return [self.recovers, self.recovers, self.goes_on_hold, self.cancels, self.chatters]
         if status == "on_hold":
@@ -230,6 +232,10 @@ class _Life:
 
     def expires(self) -> None:
         self.becomes("expired", expires_at=self.now)
+
+    def moves(self) -> None:
+        """Belong to somebody else from now on."""
+        self.becomes("active", "subscription.updated", metadata={USER_KEYS[0]: self.heir})
 
     def chatters(self) -> None:
         """Tell the state again, or tell of something else."""

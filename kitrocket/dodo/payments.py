@@ -73,13 +73,9 @@ class Payment:
             refunds=_merged(self.refunds, refunds, _REFUND_RANKS),
             disputes=_merged(self.disputes, disputes, _DISPUTE_RANKS),
         )
-        if self.status is not None and self.event_at is not None:
-            ours = (self.event_at, _PAYMENT_RANKS.get(self.status, 0), self.status, self.total_amount or 0)
-            if ours >= (at, _PAYMENT_RANKS.get(state.status, 0), state.status, state.total_amount):
-                return merged
-        return replace(
+        newer = replace(
             merged,
-            customer_id=state.customer.customer_id if state.customer else self.customer_id,
+            customer_id=state.customer.customer_id if state.customer else None,
             status=state.status,
             charge_type=state.charge_type,
             total_amount=state.total_amount,
@@ -88,6 +84,13 @@ class Payment:
             created_at=state.created_at,
             event_at=at,
         )
+        return newer if self.status is None or newer._order() > self._order() else merged
+
+    def _order(self) -> tuple[datetime, int, str]:
+        """Return what a state is newer by: its time, its rank, then an order that is always the same."""
+        rest = (self.status, self.total_amount, self.charge_type, self.currency, self.customer_id, self.created_at)
+        periods = [period.model_dump(mode="json") for period in self.service_periods]
+        return self.event_at or _BEGINNING, _PAYMENT_RANKS.get(self.status or "", 0), repr((rest, periods))
 
     def with_refund(self, refund: RefundState, at: datetime) -> Payment:
         """Return this payment after a refund's event of the instant ``at``."""

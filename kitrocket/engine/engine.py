@@ -285,12 +285,19 @@ class Engine(PostgresEngine):
 
     # -- queries ------------------------------------------------------------------------------------------------
 
-    def transaction(self, allow_nested: bool = True) -> Transaction:
+    def transaction(
+        self,
+        allow_nested: bool = True,
+        *,
+        lock_timeout: timedelta | None = None,
+        statement_timeout: timedelta | None = None,
+    ) -> Transaction:
         """``async with engine.transaction():`` everything in it that runs on this engine commits together.
 
-        Inside another one it is a savepoint. It is safe under cancellation, and belongs to its task.
+        Inside another one it is a savepoint. It is safe under cancellation, and belongs to its task. The limits bound
+        how long each statement from here to the end of the outermost transaction waits for a lock, and runs.
         """
-        return Transaction(self, allow_nested)
+        return Transaction(self, allow_nested, lock_timeout=lock_timeout, statement_timeout=statement_timeout)
 
     def in_transaction(self) -> bool:
         """Whether the running task is inside a transaction of this engine."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from contextvars import ContextVar
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,13 +30,26 @@ class Transaction(PostgresTransaction):
     connection runs one statement at a time.
     """
 
-    __slots__ = ("_depth", "closed", "owner")
+    __slots__ = ("_depth", "_limits", "closed", "owner")
 
     engine: Engine
     _parent: Transaction | None
 
-    def __init__(self, engine: Engine, allow_nested: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        allow_nested: bool = True,
+        *,
+        lock_timeout: timedelta | None = None,
+        statement_timeout: timedelta | None = None,
+    ) -> None:
         super().__init__(engine, allow_nested)
+        limits = {"lock_timeout": lock_timeout, "statement_timeout": statement_timeout}
+        self._limits = "".join(
+            f"; SET LOCAL {name} = {limit // timedelta(milliseconds=1)}"
+            for name, limit in limits.items()
+            if limit is not None
+        )
         self.closed = False
         self.owner: asyncio.Task[Any] | None = None
         self._depth = 0
@@ -57,7 +71,9 @@ class Transaction(PostgresTransaction):
         return self
 
     async def begin(self) -> None:
-        await self.connection.execute(f"SAVEPOINT {self._savepoint}" if self._parent else "BEGIN")
+        # In one message, since a round trip is what a short transaction waits for most.
+        begin = f"SAVEPOINT {self._savepoint}" if self._parent else "BEGIN"
+        await self.connection.execute(begin + self._limits)
 
     async def commit(self) -> None:
         """Commit, or release the savepoint.

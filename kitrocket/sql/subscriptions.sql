@@ -1,21 +1,16 @@
 -- name: lock_payment
--- Locks a payment until the end of the transaction. Classes of locks are taken in ascending order: payment,
--- subscription, user. $1 payment.
-SELECT pg_advisory_xact_lock(1802633217, hashtext($1));
+-- Locks a payment until the end of the transaction and returns it as it is then, if it is known. Classes of locks are
+-- taken in ascending order: payment, subscription, user; within a class by ascending hash. $1 payment.
+SELECT * FROM kitrocket.lock_payment($1);
 
 -- name: lock_subscriptions
--- Locks subscriptions until the end of the transaction, in ascending order of their hashes. $1 ids.
-SELECT pg_advisory_xact_lock(1802633218, hash)
-FROM (SELECT DISTINCT hashtext(id) AS hash FROM unnest($1::text[]) AS id ORDER BY hash) AS hashes;
-
--- name: lock_users
--- Locks users' subscription rows until the end of the transaction, in ascending order of their hashes. $1 ids.
-SELECT pg_advisory_xact_lock(1802633219, hash)
-FROM (SELECT DISTINCT hashtext(id) AS hash FROM unnest($1::text[]) AS id ORDER BY hash) AS hashes;
+-- Locks subscriptions until the end of the transaction and returns those the mirror knows, as they are then. $1 ids.
+SELECT * FROM kitrocket.lock_subscriptions($1::text[]);
 
 -- name: keep_users
--- Returns which users exist and keeps them from being deleted until the end of the transaction. $1 ids.
-SELECT id FROM users WHERE id = ANY($1::text[]) ORDER BY id FOR KEY SHARE;
+-- Locks users' subscription rows until the end of the transaction, keeps the users from being deleted, and returns which
+-- of them exist. $1 ids.
+SELECT kept AS id FROM kitrocket.keep_users($1::text[]) AS kept;
 
 -- name: users_of_customer
 -- The users whom the mirror or their row links to a customer, two at most. $1 customer.
@@ -28,29 +23,21 @@ LIMIT 2;
 -- The users with an address that was verified, two at most. $1 e-mail address in lower case.
 SELECT id AS user_id FROM users WHERE lower(email) = $1 AND email_verified IS NOT NULL LIMIT 2;
 
--- name: snapshots
--- The mirror's snapshots by their ids. $1 ids.
-SELECT * FROM kitrocket.dodo_subscriptions WHERE subscription_id = ANY($1::text[]) ORDER BY subscription_id;
-
--- name: snapshots_of_user
--- A user's snapshots in the mirror. $1 user.
-SELECT * FROM kitrocket.dodo_subscriptions WHERE user_id = $1 ORDER BY subscription_id;
-
 -- name: snapshots_due
 -- Subscriptions whose meaning time alone has changed, the longest due first. $1 now.
 SELECT subscription_id FROM kitrocket.dodo_subscriptions WHERE reproject_at <= $1 ORDER BY reproject_at LIMIT 1000;
 
 -- name: write_snapshot
--- Puts a snapshot into the mirror. $1 to $29 in the order of the columns.
+-- Puts a snapshot into the mirror. $1 to $30 in the order of the columns.
 INSERT INTO kitrocket.dodo_subscriptions (
     subscription_id, user_id, customer_id, product_id, plan, status, created_at, previous_billing_date,
     next_billing_date, cancel_at_next_billing_date, cancelled_at, expires_at, paused_at, past_due_ends_at,
     trial_period_days, pending_plan, pending_plan_at, started, event_at, event_key, webhook_id, fetched_at, needs_check,
-    reproject_at, revoked_at, revoked_reason, dispute_open, charged, charge_failed, version
+    reproject_at, revoked_at, revoked_reason, dispute_open, charged, charge_failed, named_key, version
 )
 VALUES (
     $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25,
-    $26, $27, $28, $29, 1
+    $26, $27, $28, $29, $30, 1
 )
 ON CONFLICT (subscription_id) DO UPDATE SET
     user_id = excluded.user_id,
@@ -81,12 +68,9 @@ ON CONFLICT (subscription_id) DO UPDATE SET
     dispute_open = excluded.dispute_open,
     charged = excluded.charged,
     charge_failed = excluded.charge_failed,
+    named_key = excluded.named_key,
     version = kitrocket.dodo_subscriptions.version + 1
 RETURNING subscription_id;
-
--- name: payment
--- A payment of the index. $1 payment.
-SELECT * FROM kitrocket.dodo_payments WHERE payment_id = $1;
 
 -- name: payments_of_subscription
 -- The payments that name a subscription. $1 subscription.
@@ -114,15 +98,41 @@ ON CONFLICT (payment_id) DO UPDATE SET
     disputes = excluded.disputes
 RETURNING payment_id;
 
--- name: rows_of_user
--- A user's rows, the one that counts first: live, then one that the mirror knows, then the newest. $1 user.
--- The ORDER BY stands in users.sql too, and must stay the same.
-SELECT s.*, m.subscription_id IS NOT NULL AS known
-FROM subscriptions s
-LEFT JOIN kitrocket.dodo_subscriptions m ON m.subscription_id = s.dodo_subscription_id
-WHERE s.user_id = $1
+-- name: holdings
+-- What users have: each snapshot beside each row, the row that counts first (live, then one that the mirror knows, then
+-- the newest), and the incidents that are open about them. The ORDER BY stands in users.sql too, and must stay the same.
+-- $1 users.
+SELECT
+    u.id AS owner_id, m.*, r.id AS row_id, r.plan AS row_plan, r.status AS row_status,
+    r.dodo_customer_id AS row_dodo_customer_id, r.dodo_subscription_id AS row_dodo_subscription_id,
+    r.current_period_end AS row_current_period_end, r.created_at AS row_created_at, r.updated_at AS row_updated_at,
+    k.subscription_id IS NOT NULL AS row_known,
+    ARRAY(
+        SELECT i.kind || ' ' || i.subject FROM kitrocket.billing_incidents i
+        WHERE i.user_id = u.id AND i.closed_at IS NULL AND i.kind IN ('double_billing', 'still_billing')
+    ) AS incidents
+FROM unnest($1::text[]) AS u (id)
+LEFT JOIN kitrocket.dodo_subscriptions m ON m.user_id = u.id
+LEFT JOIN subscriptions r ON r.user_id = u.id
+LEFT JOIN kitrocket.dodo_subscriptions k ON k.subscription_id = r.dodo_subscription_id
 ORDER BY
-    s.status IN ('active', 'trialing', 'past_due') DESC, m.subscription_id IS NOT NULL DESC, s.created_at DESC, s.id DESC;
+    u.id, r.status IN ('active', 'trialing', 'past_due') DESC, k.subscription_id IS NOT NULL DESC, r.created_at DESC,
+    r.id DESC, m.subscription_id;
+
+-- name: open_incident
+-- Opens an incident unless one of its kind and subject is open. $1 id, $2 kind, $3 subject, $4 user, $5 now, $6 detail,
+-- $7 whether hooks are told: 'pending' or 'none'.
+INSERT INTO kitrocket.billing_incidents (
+    id, kind, subject, user_id, opened_at, detail, hook_state, hook_attempts, hook_next_at
+)
+VALUES ($1, $2, $3, $4, $5::timestamp, $6, $7, 0, CASE WHEN $7 = 'pending' THEN $5::timestamp END)
+ON CONFLICT (kind, subject) WHERE closed_at IS NULL DO NOTHING
+RETURNING id;
+
+-- name: close_incident
+-- Closes the open incident of a kind and subject. $1 kind, $2 subject, $3 now.
+UPDATE kitrocket.billing_incidents SET closed_at = $3 WHERE kind = $1 AND subject = $2 AND closed_at IS NULL
+RETURNING id;
 
 -- name: row_of_user
 -- The row of a user that counts, chosen as above. $1 user.

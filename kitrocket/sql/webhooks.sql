@@ -1,7 +1,3 @@
--- name: limit_waiting
--- Bounds how long each statement of this transaction may wait for a lock, $1, and run, $2; both such as '2500ms'.
-SELECT set_config('lock_timeout', $1, true), set_config('statement_timeout', $2, true);
-
 -- name: store_event
 -- Stores a delivery, or counts one more of a known event, which is then locked.
 -- $1 webhook id, $2 type, $3 subscription, $4 payment, $5 customer, $6 the user its metadata names, $7 event time,

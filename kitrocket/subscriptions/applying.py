@@ -73,8 +73,7 @@ class Applier:
 
     async def flag(self, subscription_id: str) -> None:
         """Note that the provider should be asked about a subscription."""
-        await self._engine.fetch(_SQL["lock_subscriptions"], [subscription_id])
-        for known in await self._mirrored([subscription_id]):
+        for known in await self._lock([subscription_id]):
             if not known.needs_check:
                 await self._keep_users({known.user_id})
                 await self._engine.fetch(_SQL["write_snapshot"], *replace(known, needs_check=True).parameters())
@@ -85,8 +84,7 @@ class Applier:
 
     async def reproject(self, subscription_id: str, now: datetime) -> bool:
         """Bring a subscription and its user's row to what they mean at ``now``; return whether that was due."""
-        await self._engine.fetch(_SQL["lock_subscriptions"], [subscription_id])
-        known = next(iter(await self._mirrored([subscription_id])), None)
+        known = next(iter(await self._lock([subscription_id])), None)
         if known is None or known.reproject_at is None or known.reproject_at > now:
             return False
         existing = await self._keep_users({known.user_id})
@@ -100,10 +98,10 @@ class Applier:
     async def _apply_snapshot(
         self, state: SubscriptionSnapshot, event: Event, webhook_id: str, now: datetime, again: bool
     ) -> Verdict:
-        await self._engine.fetch(_SQL["lock_subscriptions"], [state.subscription_id])
-        known = next(iter(await self._mirrored([state.subscription_id])), None)
+        known = next(iter(await self._lock([state.subscription_id])), None)
         linked = known.user_id if known else None
-        target, problem = await self._user_of(state, linked)
+        named = named_user(self._user_keys, state.metadata, state.customer.metadata)
+        target, problem = await self._user_of(state, named, linked)
         existing = await self._keep_users({linked, target})
         if target is not None and target not in existing:
             target, problem = None, "no_user"
@@ -116,15 +114,20 @@ class Applier:
         else:
             started = known.snapshot.started or _is_started(state)
             new = replace(known, snapshot=replace(known.snapshot, started=started))
-        # What lost may give a user to a subscription that has none, and takes none away.
-        new = replace(new, user_id=(linked or target) if loses else (target or linked))
+        named_key = known.named_key if known else None
+        is_outdone = named_key is not None and key < named_key
+        if named is not None and target is not None and not is_outdone:
+            # The newest event that names an existing user decides, whether or not its snapshot does.
+            new = replace(new, user_id=target, named_key=key)
+        else:
+            new = replace(new, user_id=linked or target, named_key=named_key)
         new = self._checked(new, event, known, key, now)
 
         if new != known:
             await self._engine.fetch(_SQL["write_snapshot"], *new.parameters())
         if new != known or again:
             await self._project({linked, new.user_id}, now)
-        if problem is not None and not (loses and linked):
+        if problem is not None and not is_outdone:
             return Verdict("parked", problem, user_id=linked, customer_email=_email_of(state))
         is_stale = loses and known is not None and (new.snapshot, new.user_id) == (known.snapshot, known.user_id)
         return Verdict("stale" if is_stale else "applied", user_id=new.user_id)
@@ -184,9 +187,10 @@ class Applier:
             reproject_at=None if seen is None else seen.turns_at,
         )
 
-    async def _user_of(self, state: SubscriptionSnapshot, linked: str | None) -> tuple[str | None, str | None]:
-        """Return the user of a subscription, or why there is none."""
-        named = named_user(self._user_keys, state.metadata, state.customer.metadata)
+    async def _user_of(
+        self, state: SubscriptionSnapshot, named: str | None, linked: str | None
+    ) -> tuple[str | None, str | None]:
+        """Return the user of a subscription whose metadata names one or nobody, or why there is none."""
         if named is not None:
             # Whether such a user exists shows when the user is kept.
             return (named, None) if len(named) <= ID_MAX and "\0" not in named else (None, "no_user")
@@ -205,13 +209,10 @@ class Applier:
     async def _apply_payment(
         self, state: PaymentState | RefundState | DisputeState, event: Event, now: datetime, again: bool
     ) -> Verdict:
-        await self._engine.fetch(_SQL["lock_payment"], state.payment_id)
-        row = await self._engine.fetchrow(_SQL["payment"], state.payment_id)
+        row = await self._engine.fetchrow(_SQL["lock_payment"], state.payment_id)
         known = Payment(state.payment_id) if row is None else payment_from_row(row)
         merged, newest_at = _merge(known, state, event.at)
-        subscription_ids = sorted(merged.subscription_ids)
-        await self._engine.fetch(_SQL["lock_subscriptions"], subscription_ids)
-        mirrored = await self._mirrored(subscription_ids)
+        mirrored = await self._lock(sorted(merged.subscription_ids))
         existing = await self._keep_users(item.user_id for item in mirrored)
         if merged != known:
             await self._engine.fetch(_SQL["write_payment"], *payment_parameters(merged))
@@ -241,8 +242,11 @@ class Applier:
 
     # -- both -----------------------------------------------------------------------------------------------------
 
-    async def _mirrored(self, subscription_ids: Sequence[str]) -> list[Mirrored]:
-        rows = await self._engine.fetch(_SQL["snapshots"], subscription_ids)
+    async def _lock(self, subscription_ids: Sequence[str]) -> list[Mirrored]:
+        """Lock subscriptions; return those the mirror knows."""
+        if not subscription_ids:
+            return []
+        rows = await self._engine.fetch(_SQL["lock_subscriptions"], subscription_ids)
         return [Mirrored.from_row(row) for row in rows]
 
     async def _keep_users(self, user_ids: Iterable[str | None]) -> set[str]:
@@ -250,7 +254,6 @@ class Applier:
         wanted = sorted({user_id for user_id in user_ids if user_id is not None})
         if not wanted:
             return set()
-        await self._engine.fetch(_SQL["lock_users"], wanted)
         return {row["id"] for row in await self._engine.fetch(_SQL["keep_users"], wanted)}
 
     async def _project(self, user_ids: Iterable[str | None], now: datetime) -> None:

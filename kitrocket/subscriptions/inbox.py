@@ -79,11 +79,6 @@ class Inbox:
         self._user_keys = user_keys
         self._jitter = jitter
 
-    async def limit_waiting(self, *, lock: timedelta, statement: timedelta) -> None:
-        """Bound how long each statement of this transaction waits for a lock, and how long it runs."""
-        limits = [f"{limit // timedelta(milliseconds=1)}ms" for limit in (lock, statement)]
-        await self._engine.fetch(_SQL["limit_waiting"], *limits)
-
     async def store(self, delivery: Delivery, now: datetime) -> Stored:
         """Store a delivery, or lock the event that was stored before under its id."""
         event = delivery.event

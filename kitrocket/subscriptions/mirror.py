@@ -30,6 +30,7 @@ class Mirrored:
     fetched_at: datetime | None = None
     needs_check: bool = False
     reproject_at: datetime | None = None
+    named_key: str | None = None
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> Mirrored:
@@ -47,7 +48,7 @@ class Mirrored:
             *(item.cancelled_at, item.expires_at, item.paused_at, item.past_due_ends_at, item.trial_period_days),
             *(self.pending_plan, self.pending_plan_at, item.started, item.event_at, self.event_key, self.webhook_id),
             *(self.fetched_at, self.needs_check, self.reproject_at, facts.revoked_at, facts.revoked_reason),
-            *(facts.dispute_open, facts.charged, facts.charge_failed),
+            *(facts.dispute_open, facts.charged, facts.charge_failed, self.named_key),
         )
         return tuple(to_db(value) if isinstance(value, datetime) else value for value in values)
 

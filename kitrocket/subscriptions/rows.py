@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 import asyncpg
@@ -14,6 +15,7 @@ from kitrocket.engine import Engine
 from kitrocket.ids import new_id
 from kitrocket.models import Subscription
 from kitrocket.sql import statements
+from kitrocket.subscriptions.incidents import note_incidents
 from kitrocket.subscriptions.mirror import Mirrored, optional_to_db
 
 _SQL = statements("subscriptions")
@@ -46,36 +48,40 @@ def subscription_from_row(row: asyncpg.Record) -> Subscription:
 
 async def project_users(engine: Engine, user_ids: Iterable[str], now: datetime, policy: Policy) -> None:
     """Bring the rows of users, whose locks this transaction holds, to what their snapshots mean at ``now``."""
-    for user_id in sorted(user_ids):
-        mirrored = await engine.fetch(_SQL["snapshots_of_user"], user_id)
-        projection = project([Mirrored.from_row(row).snapshot for row in mirrored], now, policy)
-        await _write(engine, user_id, projection)
+    wanted = sorted(user_ids)
+    if not wanted:
+        return
+    found = await engine.fetch(_SQL["holdings"], wanted)
+    for user_id, group in groupby(found, key=lambda row: row["owner_id"]):
+        held = list(group)
+        snapshots = {row["subscription_id"]: Mirrored.from_row(row).snapshot for row in held if row["subscription_id"]}
+        await _write(engine, user_id, held, project(snapshots.values(), now, policy))
+        await note_incidents(engine, user_id, snapshots.values(), set(held[0]["incidents"]), now)
 
 
-async def _write(engine: Engine, user_id: str, projection: Projection | None) -> None:
-    rows = await engine.fetch(_SQL["rows_of_user"], user_id)
-    ours = _ours(rows, projection)
+async def _write(engine: Engine, user_id: str, held: Sequence[asyncpg.Record], projection: Projection | None) -> None:
+    ours = _ours([row for row in held if row["row_id"] is not None], projection)
     if projection is None:
         if ours is not None:
-            await _touch_one(engine, "delete_row", ours["id"], user_id)
+            await _touch_one(engine, "delete_row", ours["row_id"], user_id)
         return
     columns = _columns(projection)
     if ours is None:
         await _touch_one(engine, "insert_row", new_id(), user_id, *columns)
-    elif tuple(ours[name] for name in _COLUMNS) != columns:
-        await _touch_one(engine, "update_row", ours["id"], user_id, *columns)
+    elif tuple(ours[f"row_{name}"] for name in _COLUMNS) != columns:
+        await _touch_one(engine, "update_row", ours["row_id"], user_id, *columns)
 
 
-def _ours(rows: Iterable[asyncpg.Record], projection: Projection | None) -> asyncpg.Record | None:
+def _ours(rows: Sequence[asyncpg.Record], projection: Projection | None) -> asyncpg.Record | None:
     """Choose the row to write from a user's, the one that counts first; ``None``: a new one.
 
     A live result takes the live row, whoever wrote it, since there can only be one; else the mirror's own.
     """
     if projection is not None and projection.status in LIVE:
-        live = next((row for row in rows if row["status"] in LIVE), None)
+        live = next((row for row in rows if row["row_status"] in LIVE), None)
         if live is not None:
             return live
-    return next((row for row in rows if row["known"]), None)
+    return next((row for row in rows if row["row_known"]), None)
 
 
 def _columns(projection: Projection) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from kitrocket.clock import Clock, from_db, utc_now
 from kitrocket.dodo.events import Event, read_event
 from kitrocket.dodo.projection import Policy, access, row_access
 from kitrocket.dodo.signature import Delivery, Verifier
-from kitrocket.engine import Engine, Fault, fault_of
+from kitrocket.engine import Engine, Fault, Transaction, fault_of
 from kitrocket.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
@@ -164,13 +164,28 @@ class SubscriptionService:
     # -- one transaction each -------------------------------------------------------------------------------------
 
     async def _receive(self, delivery: Delivery, now: datetime) -> WebhookOutcome:
-        async with self._engine.transaction():
-            await self._inbox.limit_waiting(lock=_LOCK, statement=_STATEMENT)
+        """Store and apply a delivery. One that fails for a reason of its own costs a second transaction, with a
+        savepoint around what fails; the others are spared the savepoint.
+        """
+        if self._engine.in_transaction():
+            return await self._store_and_apply(delivery, now, guarded=True)
+        try:
+            return await self._store_and_apply(delivery, now, guarded=False)
+        except Exception as error:
+            if _is_transient(error) or isinstance(error, WebhookPayloadError):
+                raise
+        return await self._store_and_apply(delivery, now, guarded=True)
+
+    async def _store_and_apply(self, delivery: Delivery, now: datetime, *, guarded: bool) -> WebhookOutcome:
+        async with self._transaction():
             stored = await self._inbox.store(delivery, now)
             verdict = None
             if stored.state not in FINISHED:
                 event = delivery.event if stored.payload is None else read_event(stored.payload)
-                verdict = await self._apply(event, stored, now)
+                if guarded:
+                    verdict = await self._apply(event, stored, now)
+                else:
+                    verdict = await self._applier.apply(event, stored.webhook_id, now)
                 await self._inbox.settle(stored, verdict, now)
             if stored.body_sha256 != digest_of(delivery.text) and stored.subscription_id is not None:
                 await self._applier.flag(stored.subscription_id)
@@ -178,9 +193,11 @@ class SubscriptionService:
             return "duplicate"
         return verdict.outcome
 
+    def _transaction(self) -> Transaction:
+        return self._engine.transaction(lock_timeout=_LOCK, statement_timeout=_STATEMENT)
+
     async def _retry(self, webhook_id: str, now: datetime) -> str | None:
-        async with self._engine.transaction():
-            await self._inbox.limit_waiting(lock=_LOCK, statement=_STATEMENT)
+        async with self._transaction():
             stored = await self._inbox.take(webhook_id)
             if stored is None or stored.payload is None or stored.state in FINISHED:
                 return None
@@ -191,13 +208,11 @@ class SubscriptionService:
         return verdict.state
 
     async def _reproject(self, subscription_id: str, now: datetime) -> bool:
-        async with self._engine.transaction():
-            await self._inbox.limit_waiting(lock=_LOCK, statement=_STATEMENT)
+        async with self._transaction():
             return await self._applier.reproject(subscription_id, now)
 
     async def _replay(self, webhook_id: str, now: datetime) -> WebhookReceipt:
-        async with self._engine.transaction():
-            await self._inbox.limit_waiting(lock=_LOCK, statement=_STATEMENT)
+        async with self._transaction():
             stored = await self._inbox.wait_for(webhook_id)
             if stored is None:
                 raise WebhookNotFoundError(webhook_id)

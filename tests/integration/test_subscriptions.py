@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
-from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from importlib.resources import files
 from typing import Any
 
 import anyio
 import asyncpg
 import pytest
 
+from delivering import (
+    DAY,
+    KEY,
+    PAYLOADS,
+    PRODUCTS,
+    SECOND,
+    SUBSCRIPTION,
+    SUBSCRIPTION_EVENTS,
+    USER,
+    Desk,
+    anonymous,
+    at,
+    dispute,
+    event,
+    refund,
+    with_user,
+)
 from factories import make_subscription, make_user
 from kitrocket.clock import to_db
 from kitrocket.dodo.signature import sign
@@ -27,110 +41,15 @@ from kitrocket.errors import (
     WebhookNotFoundError,
 )
 from kitrocket.models import WebhookReceipt
-from kitrocket.subscriptions import SubscriptionService
 from kitrocket.testing import ManualClock
 from kitrocket.users import UserService
 
 pytestmark = pytest.mark.asyncio
 
-USER = "usr_01JH8Z6Q4M"
-SUBSCRIPTION = "sub_Gx6hJm9wPz3K"
-PRODUCTS = {"pdt_starter_m_4Vb7": "starter", "pdt_pro_m_8Kd2": "pro"}
-KEY = "whsec_" + base64.b64encode(b"k" * 32).decode()
-SECOND, DAY = timedelta(seconds=1), timedelta(days=1)
-_numbers = itertools.count(1)
-
-
-def _payloads() -> dict[str, dict[str, Any]]:
-    folder = files("kitrocket.demo") / "payloads"
-    return {
-        entry.name.partition("_")[0]: json.loads(entry.read_text(encoding="utf-8"))
-        for entry in folder.iterdir()
-        if entry.name.endswith(".json")
-    }
-
-
-PAYLOADS = _payloads()
-SUBSCRIPTION_EVENTS = sorted(number for number, event in PAYLOADS.items() if event["type"].startswith("subscription."))
-
-
-def at(text: str) -> datetime:
-    return datetime.fromisoformat(text).replace(tzinfo=UTC)
-
-
-def event(number: str, *, type: str | None = None, timestamp: str | None = None, **data: Any) -> dict[str, Any]:
-    """An example payload with some fields of its data replaced."""
-    known = PAYLOADS[number]
-    return known | {
-        "type": type or known["type"],
-        "timestamp": timestamp or known["timestamp"],
-        "data": known["data"] | data,
-    }
-
-
-def anonymous(number: str, **data: Any) -> dict[str, Any]:
-    """An example payload whose metadata names nobody."""
-    customer = PAYLOADS[number]["data"]["customer"] | {"metadata": {}}
-    return event(number, **{"metadata": {}, "customer": customer} | data)
-
-
-class Desk:
-    """A service on a fresh database, and a provider that signs for it."""
-
-    def __init__(self, engine: Engine, clock: ManualClock) -> None:
-        self.engine = engine
-        self.clock = clock
-        self.service = self.open()
-
-    def open(self, **options: Any) -> SubscriptionService:
-        options = {"webhook_keys": [KEY], "products": PRODUCTS, "jitter": lambda: 0.5} | options
-        return SubscriptionService(self.engine, clock=self.clock, **options)
-
-    async def deliver(self, payload: Mapping[str, Any], webhook_id: str | None = None) -> str:
-        return (await self.receipt(payload, webhook_id)).outcome
-
-    async def receipt(self, payload: Mapping[str, Any], webhook_id: str | None = None) -> WebhookReceipt:
-        body = json.dumps(payload).encode()
-        webhook_id = webhook_id or f"msg_{next(_numbers)}"
-        return await self.service.receive(body, sign(body, key=KEY, webhook_id=webhook_id, at=self.clock.now))
-
-    async def rows(self) -> list[dict[str, Any]]:
-        """Every row, but for its id."""
-        rows = await self.engine.fetch("SELECT * FROM subscriptions ORDER BY user_id, created_at, id")
-        return [{name: value for name, value in row.items() if name != "id"} for row in rows]
-
-    async def table(self, name: str) -> list[dict[str, Any]]:
-        statements = {
-            "subscriptions": "SELECT ctid::text, xmin::text, * FROM subscriptions ORDER BY id",
-            "dodo_subscriptions": "SELECT ctid::text, xmin::text, * FROM kitrocket.dodo_subscriptions ORDER BY 1",
-            "dodo_payments": "SELECT ctid::text, xmin::text, * FROM kitrocket.dodo_payments ORDER BY 1",
-            "webhook_events": "SELECT * FROM kitrocket.webhook_events ORDER BY webhook_id",
-        }
-        return [dict(row) for row in await self.engine.fetch(statements[name])]
-
-    async def bytes_of_state(self) -> list[Any]:
-        return [await self.table(name) for name in ("subscriptions", "dodo_subscriptions", "dodo_payments")]
-
-    async def somebody_waits(self) -> None:
-        """Return once a connection of this database waits for a lock."""
-        waiting = (
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        )
-        while not await self.engine.fetchval(waiting):
-            pass
-
-    async def inbox(self) -> dict[str, tuple[str, str | None]]:
-        return {row["webhook_id"]: (row["state"], row["reason"]) for row in await self.table("webhook_events")}
-
 
 @pytest.fixture
 def desk(engine: Engine, clock: ManualClock) -> Desk:
     return Desk(engine, clock)
-
-
-async def with_user(desk: Desk, **options: Any) -> Desk:
-    await make_user(desk.engine, id=USER, **options)
-    return desk
 
 
 # -- every example ------------------------------------------------------------------------------------------------
@@ -582,21 +501,6 @@ async def test_get_and_get_with_subscription_choose_the_same_row(desk: Desk) -> 
 
 
 # -- payments, refunds, disputes ------------------------------------------------------------------------------------
-
-
-def refund(refund_id: str, amount: int | None, timestamp: str, status: str = "succeeded") -> dict[str, Any]:
-    data = {"refund_id": refund_id, "payment_id": "pay_Zf4sHc8yUe1D", "status": status, "amount": amount}
-    return {"type": "refund.succeeded", "timestamp": timestamp, "data": data}
-
-
-def dispute(status: str, timestamp: str) -> dict[str, Any]:
-    data = {
-        "dispute_id": "dsp_1",
-        "payment_id": "pay_Zf4sHc8yUe1D",
-        "dispute_status": f"dispute_{status}",
-        "amount": "18.66",
-    }
-    return {"type": f"dispute.{status}", "timestamp": timestamp, "data": data}
 
 
 async def test_a_refund_in_halves_revokes_in_any_order_and_a_new_period_restores(desk: Desk) -> None:

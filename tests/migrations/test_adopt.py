@@ -227,7 +227,8 @@ async def test_a_history_that_drizzle_kit_push_dropped_is_written_again(drizzle:
     await drizzle.fetch("INSERT INTO kitrocket.dodo_payments (payment_id) VALUES ('kept')")
     await drizzle.fetch("DROP TABLE migration")
     await drizzle.fetch("DROP INDEX users_lower_email_idx")
-    assert await adopt(drizzle) == IDS[3:]
+    # What makes a table is known by it, so only what makes no table runs again.
+    assert await adopt(drizzle) == [id for id in IDS[3:] if id != "2026-11-24T23:02:26:065811"]
     await check(drizzle)
     assert await drizzle.fetchval("SELECT payment_id FROM kitrocket.dodo_payments") == "kept"
     assert await drizzle.fetchval("SELECT to_regclass('users_lower_email_idx')") is not None

@@ -84,6 +84,7 @@ async def test_own_tables_have_the_columns_of_their_classes(engine: Engine) -> N
         assert found == [(column._meta.name, not column._meta.params["null"]) for column in table._meta.columns]
     collations = {(row[0], row[2]): row[7] for row in rows}
     assert collations["dodo_subscriptions", "event_key"] == "C"
+    assert collations["dodo_subscriptions", "named_key"] == "C"
 
 
 async def test_schema_kitrocket_is_open_to_nobody_but_its_owner(engine: Engine) -> None:
