@@ -54,7 +54,7 @@ class Arrival:
 
 
 class _OvertakenError(Exception):
-    """Another writer stored the same identity first; what was done here is rolled back, and looked at again."""
+    """Another writer was faster. What was done here is rolled back, and all of it looked at again."""
 
 
 def decide(*, verified: bool, trusted: bool, local_verified: bool, take_over: bool) -> Literal["linked", "taken_over"]:
@@ -93,34 +93,29 @@ class Arrivals:
             await self._engine.fetch(_SQL["lock_identity"], " ".join(arrival.identity))
             known = await self._engine.fetchrow(_SQL["account_of_identity"], *arrival.identity)
             if known is not None:
-                user = await self._locked(known["user_id"])
-                return await self._signed_in(arrival, user, "signed_in")
+                return await self._known(arrival, await self._locked(known["user_id"]))
             if arrival.email is None:
                 raise LinkRefusedError("no_email")
-            created = await self._created(arrival, arrival.email)
-            if created is not None:
-                return await self._linked(arrival, created, "created")
-            return await self._joined(arrival, arrival.email)
+            found = await self._engine.fetchrow(_USERS["user_by_email"], arrival.email)
+            return await (self._created(arrival) if found is None else self._joined(arrival, found))
 
-    async def _created(self, arrival: Arrival, email: str) -> asyncpg.Record | None:
-        """Make a user, unless one has the address."""
-        if await self._engine.fetchrow(_USERS["user_by_email"], email) is not None:
-            return None
-        return await self._engine.fetchrow(
+    async def _created(self, arrival: Arrival) -> ProviderSignIn:
+        """Make a user, whose address nobody has."""
+        user = await self._engine.fetchrow(
             _USERS["insert_user_if_new"],
             new_id(),
-            email,
+            arrival.email,
             arrival.user_name,
             arrival.now if arrival.is_verified else None,
             arrival.avatar,
             arrival.now,
         )
-
-    async def _joined(self, arrival: Arrival, email: str) -> ProviderSignIn:
-        """Give the identity to the user who has the address, if the table of decisions says so."""
-        found = await self._engine.fetchrow(_USERS["user_by_email"], email)
-        if found is None:
+        if user is None:
             raise _OvertakenError
+        return await self._linked(arrival, user, "created")
+
+    async def _joined(self, arrival: Arrival, found: asyncpg.Record) -> ProviderSignIn:
+        """Give the identity to the user who has the address, if the table of decisions says so."""
         user = await self._locked(found["id"])
         if user["email"] != found["email"]:
             raise _OvertakenError
@@ -154,8 +149,8 @@ class Arrivals:
             raise _OvertakenError
         return ProviderSignIn(user=user_from_row(user), account=account_from_row(account), outcome=outcome)
 
-    async def _signed_in(self, arrival: Arrival, user: asyncpg.Record, outcome: SignInOutcome) -> ProviderSignIn:
+    async def _known(self, arrival: Arrival, user: asyncpg.Record) -> ProviderSignIn:
         account = await self._engine.fetchrow(_SQL["refresh_tokens"], user["id"], *arrival.identity, *arrival.tokens)
         if account is None:
             raise _OvertakenError
-        return ProviderSignIn(user=user_from_row(user), account=account_from_row(account), outcome=outcome)
+        return ProviderSignIn(user=user_from_row(user), account=account_from_row(account), outcome="signed_in")
