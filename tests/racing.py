@@ -32,3 +32,10 @@ async def until_someone_waits(engine: Engine) -> None:
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     ):
         await anyio.lowlevel.checkpoint()
+
+
+async def warm_up(engine: Engine) -> None:
+    """Connect all that the pool may hold, so that calls which start together run together."""
+    connections = [await engine.acquire() for _ in range(engine._pool_size)]
+    for connection in connections:
+        await engine.give_back(connection)

@@ -11,7 +11,7 @@ import anyio
 import asyncpg
 import pytest
 from cryptography.fernet import Fernet
-from racing import together, until_someone_waits
+from racing import together, until_someone_waits, warm_up
 
 from factories import AT, make_account, make_session, make_user
 from kitrocket import KitRocket, Settings
@@ -245,6 +245,7 @@ async def test_many_callbacks_of_one_identity_make_one_user(
 ) -> None:
     if index == "without":
         await engine.fetch(f"DROP INDEX {UNIQUE_INDEX}")
+    await warm_up(engine)
     answers = await together(
         [
             partial(accounts.sign_in, **GITHUB, email=addresses[number % len(addresses)], email_verified=True)
