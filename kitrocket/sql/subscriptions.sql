@@ -181,3 +181,128 @@ RETURNING id;
 -- name: delete_row
 -- A row whose subscription now belongs to somebody else. $1 id, $2 user.
 DELETE FROM subscriptions WHERE id = $1 AND user_id = $2 RETURNING id;
+
+-- name: had_trial
+-- Whether a subscription of a user ever started that had a trial. $1 user.
+SELECT EXISTS (
+    SELECT 1 FROM kitrocket.dodo_subscriptions WHERE user_id = $1 AND started AND trial_period_days > 0
+) AS had_trial;
+
+-- name: access_of_users
+-- The access of users at an instant, a row for each: what kitrocket.dodo.projection decides, said in SQL. Both must say
+-- the same. $1 users, $2 now, $3 plans, lowest first, $4 whether an immediate cancellation keeps paid time, $5 grace when
+-- the provider gives no deadline, $6 wait for a renewal to be confirmed, $7 whether an open dispute suspends.
+WITH wanted AS (
+    SELECT DISTINCT id AS user_id FROM unnest($1::text[]) AS id
+),
+known AS (
+    SELECT
+        m.*,
+        CASE
+            WHEN m.status = 'pending' OR (m.status = 'failed' AND NOT m.started) THEN NULL
+            WHEN m.revoked_at IS NOT NULL THEN 'revoked'
+            WHEN m.status = 'active' AND m.cancel_at_next_billing_date AND m.next_billing_date <= $2 THEN 'ended'
+            WHEN m.status IN ('active', 'past_due') AND m.dispute_open AND $7 THEN 'dispute_open'
+            WHEN
+                m.status = 'active' AND m.trial_period_days > 0 AND NOT m.charged AND $2 < m.next_billing_date
+                AND m.previous_billing_date < m.created_at + make_interval(days => least(m.trial_period_days, 366000))
+                AND m.next_billing_date - m.previous_billing_date
+                <= make_interval(days => least(m.trial_period_days, 366000) + 2)
+                THEN 'trial'
+            WHEN m.status = 'active' AND m.cancel_at_next_billing_date THEN 'leaving'
+            WHEN
+                m.status = 'cancelled' AND $4 AND m.paused_at IS NULL AND NOT m.charge_failed
+                AND m.next_billing_date > coalesce(m.cancelled_at, m.event_at)
+                THEN 'cancelled_paid'
+            ELSE m.status
+        END AS line
+    FROM wanted
+    JOIN kitrocket.dodo_subscriptions m USING (user_id)
+),
+dated AS (
+    SELECT
+        *,
+        CASE
+            WHEN line IN ('ended', 'trial', 'leaving', 'cancelled_paid') THEN next_billing_date
+            WHEN line = 'past_due' AND past_due_ends_at IS NOT NULL THEN past_due_ends_at
+            -- least() would take the other for a date that is NULL.
+            WHEN line = 'past_due' AND next_billing_date IS NOT NULL
+                THEN least(next_billing_date + $5, '9999-12-31 23:59:59.999999')
+            WHEN line = 'active' AND next_billing_date <= $2
+                THEN least(next_billing_date + $6, '9999-12-31 23:59:59.999999')
+            WHEN line = 'active' THEN next_billing_date
+        END AS until
+    FROM known
+    WHERE line IS NOT NULL
+),
+judged AS (
+    SELECT
+        *,
+        line IN ('trial', 'leaving')
+        OR (line IN ('active', 'past_due', 'cancelled_paid') AND (until IS NULL OR $2 < until)) AS allowed,
+        CASE
+            WHEN line IN ('trial') THEN 'trialing'
+            WHEN line IN ('active', 'leaving') THEN 'active'
+            WHEN line IN ('past_due', 'dispute_open', 'on_hold', 'paused') THEN 'past_due'
+            ELSE 'cancelled'
+        END AS shown
+    FROM dated
+),
+chosen AS (
+    SELECT DISTINCT ON (user_id)
+        user_id, allowed, plan, shown AS status, until,
+        CASE
+            WHEN line = 'revoked' THEN coalesce(revoked_reason, 'refunded')
+            WHEN line = 'leaving' OR (line = 'trial' AND cancel_at_next_billing_date) THEN 'cancel_scheduled'
+            WHEN line = 'past_due' AND allowed THEN 'grace'
+            WHEN line = 'active' AND next_billing_date <= $2 AND allowed THEN 'renewal_unconfirmed'
+            WHEN line = 'active' AND NOT allowed THEN 'renewal_missing'
+            WHEN line = 'cancelled_paid' AND NOT allowed THEN 'ended'
+            ELSE line
+        END AS reason
+    FROM judged
+    ORDER BY
+        user_id, allowed DESC, shown IN ('active', 'trialing', 'past_due') DESC,
+        coalesce(array_position($3::text[], plan), 0) DESC, coalesce(created_at, event_at) DESC,
+        subscription_id COLLATE "C" DESC
+),
+alone AS (
+    SELECT
+        r.user_id, r.plan, r.status,
+        CASE
+            WHEN r.status IN ('active', 'trialing') AND r.current_period_end IS NOT NULL
+                THEN least(r.current_period_end + $6, '9999-12-31 23:59:59.999999')
+            WHEN r.status = 'cancelled' THEN r.current_period_end
+        END AS until
+    FROM wanted
+    CROSS JOIN LATERAL (
+        SELECT s.*, k.subscription_id IS NOT NULL AS known
+        FROM subscriptions s
+        LEFT JOIN kitrocket.dodo_subscriptions k ON k.subscription_id = s.dodo_subscription_id
+        WHERE s.user_id = wanted.user_id
+        ORDER BY
+            s.status IN ('active', 'trialing', 'past_due') DESC, k.subscription_id IS NOT NULL DESC, s.created_at DESC,
+            s.id DESC
+        LIMIT 1
+    ) AS r
+    WHERE NOT r.known
+)
+SELECT
+    w.user_id,
+    CASE
+        WHEN c.allowed OR a.user_id IS NULL THEN coalesce(c.allowed, false)
+        WHEN a.status IN ('active', 'trialing') THEN a.until IS NULL OR $2 < a.until
+        ELSE coalesce(a.status = 'cancelled' AND $2 < a.until, false)
+    END AS allowed,
+    CASE WHEN c.allowed OR a.user_id IS NULL THEN c.plan ELSE a.plan END AS plan,
+    CASE WHEN c.allowed OR a.user_id IS NULL THEN c.status ELSE a.status END AS status,
+    CASE WHEN c.allowed OR a.user_id IS NULL THEN c.until ELSE a.until END AS until,
+    CASE
+        WHEN NOT coalesce(c.allowed, false) AND a.user_id IS NOT NULL THEN 'row_only'
+        WHEN c.user_id IS NOT NULL THEN c.reason
+        WHEN EXISTS (SELECT 1 FROM known k WHERE k.user_id = w.user_id) THEN 'not_started'
+        ELSE 'none'
+    END AS reason
+FROM wanted w
+LEFT JOIN chosen c USING (user_id)
+LEFT JOIN alone a USING (user_id);

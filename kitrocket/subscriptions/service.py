@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Literal, TypeVar
@@ -15,7 +15,7 @@ import asyncpg
 from pydantic import SecretStr
 
 from kitrocket import inputs
-from kitrocket.clock import Clock, from_db, utc_now
+from kitrocket.clock import Clock, from_db, to_db, utc_now
 from kitrocket.dodo.events import Event, read_event
 from kitrocket.dodo.projection import Policy, access, row_access
 from kitrocket.dodo.signature import Delivery, Verifier
@@ -126,6 +126,35 @@ class SubscriptionService:
             return granted
         end = row["row_period_end"]
         return row_access(row["row_plan"], row["row_status"], None if end is None else from_db(end), now, self._policy)
+
+    async def access_many(self, user_ids: Iterable[str]) -> dict[str, Access]:
+        """Return what :meth:`access` says of each user, from one statement."""
+        now, policy = self._clock(), self._policy
+        rows = await self._engine.fetch(
+            _SQL["access_of_users"],
+            [inputs.identifier("user_ids", user_id) for user_id in user_ids],
+            to_db(now),
+            list(policy.plans),
+            policy.honour_paid_period,
+            policy.past_due,
+            policy.renewal_leeway,
+            policy.dispute_policy == "suspend",
+        )
+        return {
+            row["user_id"]: Access(
+                allowed=row["allowed"],
+                plan=row["plan"],
+                status=row["status"],
+                until=None if row["until"] is None else from_db(row["until"]),
+                reason=row["reason"],
+            )
+            for row in rows
+        }
+
+    async def had_trial(self, user_id: str) -> bool:
+        """Return whether a subscription of the user ever started that had a trial."""
+        found: bool = await self._engine.fetchval(_SQL["had_trial"], inputs.identifier("user_id", user_id))
+        return found
 
     async def retry_parked(self) -> RetryResult:
         """Try again what could not be applied: what is due, and what waited for a user, payment, product or status

@@ -68,8 +68,11 @@ async def weather(
     service = service_of(engine)
     while (await service.retry_parked()).tried:
         pass
-    unfinished = "SELECT count(*) FROM kitrocket.webhook_events WHERE state NOT IN ('applied', 'stale', 'ignored')"
-    assert await engine.fetchval(unfinished) == 0
+    unfinished = (
+        "SELECT webhook_id, state, reason FROM kitrocket.webhook_events"
+        " WHERE state NOT IN ('applied', 'stale', 'ignored')"
+    )
+    assert [tuple(row) for row in await engine.fetch(unfinished)] == []
     assert await rows_of(engine) == expected_rows(world)
     assert await deadlocks_of(engine) == deadlocks
 
