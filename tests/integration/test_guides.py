@@ -52,7 +52,7 @@ async def test_the_page_on_sessions(engine: Engine, clock: ManualClock) -> None:
     names["set_cookie"](response, names["token"])
     cookie = response.headers["set-cookie"]
     assert "Max-Age=604800" in cookie
-    assert all(word in cookie for word in ("HttpOnly", "Secure", "SameSite=lax", "Path=/"))
+    assert all(word in cookie for word in ("HttpOnly", "Secure", "SameSite=Lax", "Path=/"))
     assert names["others"] == 0
     assert names["swept"].deleted == 0
 
