@@ -47,19 +47,29 @@ WHERE
         (e.state IN ('received', 'parked') AND e.next_attempt_at <= $1)
         OR (
             e.state IN ('parked', 'dead') AND e.reason = 'no_user'
+            AND EXISTS (SELECT 1 FROM users u WHERE u.id = e.user_hint)
+        )
+        OR (
+            e.state IN ('parked', 'dead') AND e.reason IN ('no_user', 'ambiguous_user') AND e.user_hint IS NULL
             AND (
-                EXISTS (SELECT 1 FROM users u WHERE u.id = e.user_hint)
+                EXISTS (
+                    SELECT 1 FROM kitrocket.dodo_subscriptions m
+                    WHERE m.subscription_id = e.subscription_id AND m.user_id IS NOT NULL
+                )
+                OR 1 = (
+                    SELECT count(*)
+                    FROM (
+                        SELECT m.user_id FROM kitrocket.dodo_subscriptions m
+                        WHERE m.customer_id = e.customer_id AND m.user_id IS NOT NULL
+                        UNION
+                        SELECT s.user_id FROM subscriptions s WHERE s.dodo_customer_id = e.customer_id
+                    ) AS candidates
+                )
                 OR (
-                    e.user_hint IS NULL
-                    AND (
-                        EXISTS (
-                            SELECT 1 FROM users u
-                            WHERE lower(u.email) = e.customer_email AND u.email_verified IS NOT NULL
-                        )
-                        OR EXISTS (
-                            SELECT 1 FROM kitrocket.dodo_subscriptions m
-                            WHERE m.customer_id = e.customer_id AND m.user_id IS NOT NULL
-                        )
+                    e.reason = 'no_user'
+                    AND EXISTS (
+                        SELECT 1 FROM users u
+                        WHERE lower(u.email) = e.customer_email AND u.email_verified IS NOT NULL
                     )
                 )
             )

@@ -396,6 +396,11 @@ async def test_two_candidates_are_ambiguous(desk: Desk) -> None:
         await make_subscription(desk.engine, await make_user(desk.engine), dodo_customer_id="cus_Lr8dWq3ZtY1s")
     assert await desk.deliver(anonymous("02"), "msg_two") == "parked"
     assert (await desk.inbox())["msg_two"] == ("parked", "ambiguous_user")
+    assert (await desk.service.retry_parked()).tried == 0
+    # An event that names one of them settles it for the subscription, and for what was parked.
+    await with_user(desk)
+    assert await desk.deliver(event("01")) == "applied"
+    assert (await desk.service.retry_parked()).finished == 1
 
 
 async def test_a_subscription_moves_to_the_user_that_the_newest_snapshot_names(desk: Desk) -> None:
