@@ -7,17 +7,18 @@ import string
 from datetime import datetime
 
 _ALPHABET = string.ascii_letters + string.digits
-#: The largest multiple of 62 below 256. Bytes from here on are thrown away, or the first letters would come up more.
-_UNBIASED = 256 - 256 % len(_ALPHABET)
+#: The character that each byte becomes, and the bytes that are thrown away: 256 is no multiple of 62, so with them the
+#: first characters would come up more.
+_LETTERS = (_ALPHABET * 5)[:256].encode()
+_BIASED = bytes(range(256 - 256 % len(_ALPHABET), 256))
 
 
 def random_text(length: int) -> str:
     """Return ``length`` random characters of ``[A-Za-z0-9]`` (5.95 bits each) from the system's secure source."""
-    text = ""
+    text = b""
     while len(text) < length:
-        spare = secrets.token_bytes(2 * (length - len(text)))
-        text += "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in spare if byte < _UNBIASED)
-    return text[:length]
+        text += secrets.token_bytes(2 * (length - len(text))).translate(_LETTERS, _BIASED)
+    return text[:length].decode()
 
 
 def new_id() -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from hashlib import sha256
 
@@ -9,9 +10,9 @@ from kitrocket.tokens import digest, is_possible, new_token
 
 
 def test_tokens_are_32_letters_and_digits_and_never_the_same() -> None:
-    tokens = [new_token() for _ in range(100_000)]
-    assert len(set(tokens)) == len(tokens)
-    assert all(is_possible(token) for token in tokens)
+    tokens = {new_token() for _ in range(1_000_000)}
+    assert len(tokens) == 1_000_000
+    assert all(is_possible(token) for token in itertools.islice(tokens, 100_000))
 
 
 def test_every_character_is_as_likely_as_another() -> None:
