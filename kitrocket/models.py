@@ -5,6 +5,7 @@ Every datetime is timezone-aware, in UTC.
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
@@ -115,6 +116,14 @@ class SweepResult(Value):
     more: bool
 
 
+class DigestResult(Value):
+    """How many plain tokens were replaced. ``more`` says that it stopped at its budget with plain ones left."""
+
+    digested: int
+    batches: int
+    more: bool
+
+
 class Subscription(Value):
     """A user's subscription as the application sees it."""
 
@@ -217,6 +226,42 @@ class TopUser(Value):
     calls: int
 
 
+class UsageDrift(Value):
+    """A user's day and model whose daily sum is not what the single rows say: ``kept`` is what it is."""
+
+    user_id: str
+    day: date
+    model: str
+    tokens: int
+    calls: int
+    kept_tokens: int
+    kept_calls: int
+
+
+class VerifyResult(Value):
+    """How many days were compared and how many keys (user, day and model) differ, with up to 20 of them."""
+
+    days: int
+    drift: int
+    examples: list[UsageDrift]
+
+
+class RebuildResult(Value):
+    """How many days were recomputed, and how many keys (user, day and model) were wrong."""
+
+    days: int
+    corrected: int
+
+
+class PruneResult(Value):
+    """How many single rows were deleted. ``kept_from`` is from when on they are kept; ``more`` as in a sweep."""
+
+    deleted: int
+    batches: int
+    more: bool
+    kept_from: AwareDatetime
+
+
 class UserExport(Value):
     """Everything of a user: each row of the five tables as JSON, as of one instant, without tokens and passwords.
 
@@ -245,8 +290,11 @@ __all__ = [
     "Account",
     "CredentialChange",
     "DeletedUser",
+    "DigestResult",
     "IssuedSession",
     "ProviderSignIn",
+    "PruneResult",
+    "RebuildResult",
     "RecordedUsage",
     "RefreshedTokens",
     "RetryResult",
@@ -257,11 +305,13 @@ __all__ = [
     "SweepResult",
     "TopUser",
     "UsageBucket",
+    "UsageDrift",
     "UsageEntry",
     "UsageRecord",
     "User",
     "UserExport",
     "UserWithSubscription",
+    "VerifyResult",
     "WebhookOutcome",
     "WebhookReceipt",
 ]

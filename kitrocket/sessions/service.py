@@ -7,8 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from datetime import timedelta
-from typing import Literal
+from datetime import datetime, timedelta
 
 import anyio
 import asyncpg
@@ -16,24 +15,22 @@ import asyncpg
 from kitrocket import inputs
 from kitrocket.clock import Clock, db_now, from_db, to_db, utc_now
 from kitrocket.engine import Engine
-from kitrocket.errors import InvalidInputError, SessionNotFreshError, UserNotFoundError
+from kitrocket.errors import ConfigurationError, InvalidInputError, SessionNotFreshError, UserNotFoundError
 from kitrocket.ids import new_id
-from kitrocket.models import IssuedSession, Session, SessionWithUser, SweepResult
+from kitrocket.models import DigestResult, IssuedSession, Session, SessionWithUser, SweepResult
 from kitrocket.sessions.validation import Validator
 from kitrocket.sql import statements
-from kitrocket.tokens import digest, is_possible, new_token
+from kitrocket.tokens import TokenStorage, is_possible, new_token, stored_forms
 
 _SQL = statements("sessions")
 _log = logging.getLogger(__name__)
-
-#: How tokens are stored: as digests; plain, as Better Auth has them; digests written and both accepted.
-TokenStorage = Literal["digest", "plain", "digest+plain"]
 
 #: ``SessionWithUser.model_validate`` without its options, which cost a microsecond.
 _VALIDATED: Callable[[object], SessionWithUser] = SessionWithUser.__pydantic_validator__.validate_python
 
 _USER_AGENT_MAX = 512
 _PAGE_MAX = 1000
+_BATCH_MAX = 100_000
 
 
 class SessionService:
@@ -101,7 +98,7 @@ class SessionService:
         row = (
             session.id,
             user_id,
-            self._forms(token)[0],
+            stored_forms(token, self._tokens)[0],
             expires_at,
             session.ip_address,
             session.user_agent,
@@ -204,30 +201,36 @@ class SessionService:
         return gone
 
     async def delete_expired(
-        self, *, limit: int | None = None, batch_size: int = 1000, budget: timedelta | None = None
+        self,
+        *,
+        limit: int | None = None,
+        batch_size: int = 1000,
+        budget: timedelta | None = None,
+        report: Callable[[int], object] | None = None,
     ) -> SweepResult:
         """Delete the sessions that are no longer live, oldest first, a transaction per batch.
 
         It stops after ``limit`` rows, and starts no batch once ``budget`` is spent, though always one; ``more`` then
-        says whether rows are left. Any number of sweepers may run at once. Where others write sessions too (``tokens``
-        is not ``"digest"``) it also looks for those past their cap.
+        says whether rows are left. ``report`` is called after each batch with the number deleted so far: what is
+        reported stays deleted, whatever cancels the sweep. Any number of sweepers may run at once. Where others write
+        sessions too (``tokens`` is not ``"digest"``) it also looks for those past their cap.
         """
         now = db_now(self._clock)
         most = math.inf if limit is None else inputs.whole_number("limit", limit, min=1)
-        inputs.whole_number("batch_size", batch_size, min=1, max=100_000)
-        seconds = math.inf if budget is None else inputs.duration("budget", budget).total_seconds()
-        stop_at = anyio.current_time() + seconds
-        oldest = now - self._max_lifetime if self._max_lifetime and self._tokens != "digest" else None
-        deleted = batches = tried = 0
+        inputs.whole_number("batch_size", batch_size, min=1, max=_BATCH_MAX)
+        stop_at = anyio.current_time() + _seconds("budget", budget)
+        oldest = self._outlived(now)
+        deleted = batches = 0
         stopped = False
         for sql, horizon in ((_SQL["delete_expired"], now), (_SQL["delete_outlived"], oldest)):
             full = horizon is not None
             while full and not stopped:
                 wanted = int(min(batch_size, most - deleted))
                 count: int = await self._engine.fetchval(sql, horizon, wanted)
-                tried += 1
                 deleted += count
                 batches += count > 0
+                if report is not None and count:
+                    report(deleted)
                 full = count == wanted
                 stopped = deleted >= most or anyio.current_time() >= stop_at
         if deleted:
@@ -235,14 +238,62 @@ class SessionService:
         more = stopped and bool(await self._engine.fetchval(_SQL["any_expired"], now, oldest))
         return SweepResult(deleted=deleted, batches=batches, more=more)
 
-    def _forms(self, token: str) -> tuple[str, ...]:
-        """What a token may be stored as; the first is how it is written."""
+    async def count_expired(self) -> int:
+        """Return how many sessions :meth:`delete_expired` would delete now."""
+        now = db_now(self._clock)
+        found: int = await self._engine.fetchval(_SQL["count_expired"], now, self._outlived(now))
+        return found
+
+    async def digest_tokens(
+        self,
+        *,
+        batch_size: int = 1000,
+        budget: timedelta | None = None,
+        report: Callable[[int], object] | None = None,
+    ) -> DigestResult:
+        """Replace each token that is stored plain by its digest, a transaction per batch. Nobody is signed out.
+
+        It is for a database that was another library's, while ``tokens`` is ``"digest+plain"``. It starts no batch once
+        ``budget`` is spent, though always one; ``more`` then says whether plain ones are left. ``report`` is called
+        after each batch with the number replaced so far. It may be cancelled and begun again, and run twice at once.
+        Raises :class:`ConfigurationError` where only plain tokens are accepted.
+        """
+        inputs.whole_number("batch_size", batch_size, min=1, max=_BATCH_MAX)
+        stop_at = anyio.current_time() + _seconds("budget", budget)
         if self._tokens == "plain":
-            return (token,)
-        return (digest(token),) if self._tokens == "digest" else (digest(token), token)
+            raise ConfigurationError(
+                "only plain tokens are accepted here, so digests would sign everyone out: set session_tokens to "
+                '"digest+plain" first'
+            )
+        digested = batches = 0
+        last, full = "", True
+        while full:
+            row = await self._engine.fetchrow(_SQL["digest_tokens"], last, batch_size)
+            assert row is not None
+            count, last = row
+            digested += count
+            batches += count > 0
+            if report is not None and count:
+                report(digested)
+            full = count == batch_size
+            if anyio.current_time() >= stop_at:
+                break
+        if digested:
+            _log.info("replaced %d plain tokens by their digests in %d batches", digested, batches)
+        more = full and bool(await self._engine.fetchval(_SQL["any_plain"], last))
+        return DigestResult(digested=digested, batches=batches, more=more)
+
+    async def count_plain(self) -> int:
+        """Return how many sessions have a token that is stored plain. It reads the whole table."""
+        found: int = await self._engine.fetchval(_SQL["count_plain"])
+        return found
+
+    def _outlived(self, now: datetime) -> datetime | None:
+        """Until when a session was created that is past its cap; ``None`` where none can live that long."""
+        return now - self._max_lifetime if self._max_lifetime and self._tokens != "digest" else None
 
     def _possible_forms(self, field: str, token: str) -> tuple[str, ...]:
-        return self._forms(token) if is_possible(inputs.secret(field, token)) else ()
+        return stored_forms(token, self._tokens) if is_possible(inputs.secret(field, token)) else ()
 
 
 def _session_with_user(row: asyncpg.Record) -> SessionWithUser:
@@ -272,6 +323,10 @@ def _session_with_user(row: asyncpg.Record) -> SessionWithUser:
             "refreshed": refreshed,
         }
     )
+
+
+def _seconds(field: str, budget: timedelta | None) -> float:
+    return math.inf if budget is None else inputs.duration(field, budget).total_seconds()
 
 
 def _ip_address(value: str | None, *, network_only: bool) -> str | None:

@@ -276,3 +276,33 @@ SELECT count(*) FROM gone;
 -- $1 now, $2 now - max_lifetime, or NULL when nobody else writes
 SELECT EXISTS (SELECT FROM sessions s WHERE s.expires_at <= $1)
     OR ($2::timestamp IS NOT NULL AND EXISTS (SELECT FROM sessions s WHERE s.created_at <= $2));
+
+-- name: count_expired
+-- How many sessions there are to sweep.
+-- $1 now, $2 now - max_lifetime, or NULL when nobody else writes
+SELECT count(*) FROM sessions s WHERE s.expires_at <= $1 OR s.created_at <= $2::timestamp;
+
+-- name: digest_tokens
+-- Replaces one batch of tokens that are stored plain by their digests, in id order; answers how many, and the id of the
+-- last. The condition is repeated, since a row may have been replaced before it was locked. Rows are locked in id
+-- order, as by revoke_others.
+-- $1 the id of the last row of the batch before, or '', $2 number of rows
+WITH plain AS MATERIALIZED (
+    SELECT s.id FROM sessions s WHERE s.id > $1 AND s.token NOT LIKE 'k1$%' ORDER BY s.id LIMIT $2::bigint FOR UPDATE
+), digested AS (
+    UPDATE sessions s
+    SET token = 'k1$' || encode(sha256(convert_to(s.token, 'UTF8')), 'hex')
+    FROM plain
+    WHERE s.id = plain.id AND s.token NOT LIKE 'k1$%'
+    RETURNING s.id
+)
+SELECT count(*) AS count, max(id) AS last FROM digested;
+
+-- name: any_plain
+-- Whether a session with a plain token comes after another session.
+-- $1 the id of the last row that was looked at
+SELECT EXISTS (SELECT FROM sessions s WHERE s.id > $1 AND s.token NOT LIKE 'k1$%');
+
+-- name: count_plain
+-- How many sessions have a plain token.
+SELECT count(*) FROM sessions s WHERE s.token NOT LIKE 'k1$%';

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import anyio
 import pytest
+from racing import together, warm_up
 
 from factories import make_session, make_user
 from kitrocket.clock import from_db
@@ -192,6 +193,9 @@ async def test_a_session_is_fresh_for_a_while(engine: Engine, clock: ManualClock
     with pytest.raises(SessionNotFreshError) as caught:
         sessions.require_fresh(session)
     assert caught.value.session_id == session.id
+    clock.advance(SECOND)
+    with pytest.raises(SessionNotFreshError):
+        sessions.require_fresh(session)
     assert SessionService(engine, clock=clock, fresh_age=timedelta(0)).is_fresh(session)
 
 
@@ -217,10 +221,11 @@ async def test_the_oldest_sessions_make_room(engine: Engine, clock: ManualClock)
 async def test_twenty_logins_at_once_leave_exactly_the_limit(engine: Engine, clock: ManualClock) -> None:
     sessions = SessionService(engine, clock=clock, max_sessions=5)
     user_id = await make_user(engine)
-    async with anyio.create_task_group() as group:
-        for _ in range(20):
-            group.start_soon(sessions.create, user_id)
+    await warm_up(engine)
+    issued = await together([lambda: sessions.create(user_id)] * 20)
     assert await count(engine, user_id) == 5
+    live = [each for each in issued if isinstance(each, IssuedSession) and await sessions.validate(each.token)]
+    assert len(live) == 5
 
 
 # -- list -------------------------------------------------------------------------------------------------------------
