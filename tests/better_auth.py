@@ -6,7 +6,8 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator, Mapping
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -46,11 +47,22 @@ def program(name: str) -> str:
     return str(FOLDER / "node_modules" / ".bin" / name)
 
 
-def push(url: str, *arguments: str) -> str:
+@contextmanager
+def changed_schema(change: Callable[[str], str]) -> Iterator[Path]:
+    """A folder with another ``schema.ts``, where the packages are found."""
+    with tempfile.TemporaryDirectory(dir=FOLDER / "node_modules", prefix=".kitrocket-") as name:
+        for file in ("schema.ts", "drizzle.config.ts"):
+            shutil.copy(FOLDER / file, name)
+        schema = Path(name) / "schema.ts"
+        schema.write_text(change(schema.read_text(encoding="utf-8")), encoding="utf-8")
+        yield Path(name)
+
+
+def push(url: str, *arguments: str, folder: Path = FOLDER) -> str:
     """Run ``drizzle-kit push`` and return what it said."""
     done = subprocess.run(
         [program("drizzle-kit"), "push", *arguments],
-        cwd=FOLDER,
+        cwd=folder,
         env=environment(url),
         capture_output=True,
         text=True,

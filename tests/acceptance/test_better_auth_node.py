@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from urllib.parse import unquote
 
+import asyncpg
 import pytest
 import pytest_asyncio
+from catalogue import columns, constraints, indexes
+from supabase import ROLES, acting_as, grant_everything, roles
 
-from better_auth import FOLDER, SECRET, Browser, better_auth, environment, push, require_node
-from kitrocket.better_auth import migrate_better_auth
+from better_auth import FOLDER, SECRET, Browser, better_auth, changed_schema, environment, push, require_node
+from kitrocket.better_auth import SESSIONS_CREATED_AT, migrate_better_auth
 from kitrocket.clock import utc_now
+from kitrocket.ddl import SEED_INDEXES
 from kitrocket.engine import Engine
 from kitrocket.kit import KitRocket
+from kitrocket.migrations import find_exposed, protect
 from kitrocket.settings import Settings
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.node, pytest.mark.direct, pytest.mark.timeout(180)]
 
 TESTS = Path(__file__).resolve().parents[1]
+TABLES = ["users", "sessions", "accounts", "subscriptions", "usage", "verification", "migration"]
 EMAIL, PASSWORD = "ada@example.com", "pässwörd-ﬁ-Å-密码-🔑"
 
 
@@ -231,5 +238,47 @@ async def test_the_vectors_are_still_what_the_packages_make() -> None:
 
 
 async def test_drizzle_sees_no_difference(kit: KitRocket, database_url: str, engine: Engine) -> None:
-    push(database_url)
+    async with engine.direct() as connection:
+        before = await columns(connection), await constraints(connection), await indexes(connection)
+        assert "No changes detected" not in push(database_url)  # row-level security, which nobody asked for before
+        assert "No changes detected" in push(database_url)
+        assert (await columns(connection), await constraints(connection), await indexes(connection)) == before
+
+
+async def test_drizzle_keeps_what_was_protected(kit: KitRocket, database_url: str, engine: Engine) -> None:
+    async with roles(engine):
+        await grant_everything(engine)
+        await protect(engine)
+        assert "No changes detected" in push(database_url)
+        assert await find_exposed(engine) == []
+
+
+async def test_row_level_security_that_drizzle_switches_off_was_not_the_only_lock(
+    kit: KitRocket, database_url: str, engine: Engine
+) -> None:
+    await kit.users.create(email=EMAIL, name="Ada", password=PASSWORD)
+    async with roles(engine):
+        await grant_everything(engine)
+        await protect(engine)
+        with changed_schema(lambda text: text.replace(".enableRLS()", "")) as folder:
+            push(database_url, "--force", folder=folder)
+        assert await find_exposed(engine) == [f"table {table} has no row-level security" for table in TABLES]
+        for role in ROLES:
+            async with acting_as(engine, role) as connection:
+                for table in TABLES:
+                    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                        await connection.fetch(f"SELECT * FROM public.{table}")
+
+
+async def test_what_drizzle_drops_the_doctor_names(kit: KitRocket, database_url: str, engine: Engine) -> None:
+    def without_indexes(text: str) -> str:
+        ours = re.compile(r"^ *(uniqueIndex|index)\(\"(?!verification_).*\n", re.MULTILINE)
+        return ours.sub("", text)
+
+    with changed_schema(without_indexes) as folder:
+        push(database_url, "--force", folder=folder)
+    async with engine.direct() as connection:
+        assert [index.name for index in SEED_INDEXES if await index.is_valid(connection) is not None] == []
+        for index in (*SEED_INDEXES, SESSIONS_CREATED_AT):
+            await connection.execute(index.create)
     assert "No changes detected" in push(database_url)

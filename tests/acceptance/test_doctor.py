@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
 import pytest
-import pytest_asyncio
+from supabase import roles
 
 import factories
 from kitrocket.better_auth import migrate_better_auth
@@ -73,31 +72,18 @@ async def test_an_empty_database_is_cured_by_migrating(empty_database_url: str) 
     assert await doctor(empty_database_url) == (0, [], [])
 
 
-@pytest_asyncio.fixture
-async def roles(engine: Engine) -> AsyncIterator[tuple[str, ...]]:
-    """Supabase's roles, without a grant."""
-    names = ("anon", "authenticated")
-    for name in names:
-        await engine.fetch(f"CREATE ROLE {name} NOLOGIN")
-    yield names
-    for name in names:
-        await engine.fetch(f"DROP OWNED BY {name}")
-        await engine.fetch(f"DROP ROLE {name}")
-
-
-async def test_what_supabases_roles_can_reach_is_cured_by_protecting(
-    engine: Engine, database_url: str, roles: tuple[str, ...]
-) -> None:
-    await engine.fetch("GRANT SELECT ON public.sessions TO anon, authenticated")
-    code, wrong, _ = await doctor(database_url)
-    assert code == 1
-    assert "table sessions is granted to anon and authenticated: kitrocket db protect" in wrong
-    for table in ("users", "sessions", "accounts", "subscriptions", "usage"):
-        assert f"table {table} has no row-level security: kitrocket db protect" in wrong
-    code, out, err = await kitrocket("db", "protect", url=database_url)
-    assert code == 0, err
-    assert out.startswith("Protected")
-    assert await doctor(database_url) == (0, [], [])
+async def test_what_supabases_roles_can_reach_is_cured_by_protecting(engine: Engine, database_url: str) -> None:
+    async with roles(engine):
+        await engine.fetch("GRANT SELECT ON public.sessions TO anon, authenticated")
+        code, wrong, _ = await doctor(database_url)
+        assert code == 1
+        assert "table sessions is granted to anon and authenticated: kitrocket db protect" in wrong
+        for table in ("users", "sessions", "accounts", "subscriptions", "usage"):
+            assert f"table {table} has no row-level security: kitrocket db protect" in wrong
+        code, out, err = await kitrocket("db", "protect", url=database_url)
+        assert code == 0, err
+        assert out.startswith("Protected")
+        assert await doctor(database_url) == (0, [], [])
 
 
 async def test_protecting_without_the_roles_does_nothing_and_says_so(database_url: str) -> None:

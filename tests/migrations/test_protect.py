@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import anyio
 import asyncpg
 import pytest
 import pytest_asyncio
 from catalogue import SEED_TABLES, fill
+from supabase import ROLES, acting_as, grant_everything, roles
 
 from kitrocket.better_auth import migrate_better_auth
 from kitrocket.engine import Engine
@@ -18,7 +18,6 @@ from kitrocket.migrations import find_exposed, protect
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
 
-ROLES = ("anon", "authenticated")
 ALL = [*SEED_TABLES, "verification", "migration"]
 
 
@@ -28,22 +27,9 @@ async def supabase(engine: Engine) -> AsyncIterator[Engine]:
     await migrate_better_auth(engine)
     async with engine.direct() as connection:
         await fill(connection)
-        for role in ROLES:
-            await connection.execute(f"CREATE ROLE {role} NOLOGIN")
-            await connection.execute(f"GRANT USAGE ON SCHEMA public TO {role}")
-            await connection.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
-    yield engine
-    async with engine.direct() as connection:
-        for role in ROLES:
-            await connection.execute(f"DROP OWNED BY {role}")
-            await connection.execute(f"DROP ROLE {role}")
-
-
-@asynccontextmanager
-async def acting_as(engine: Engine, role: str) -> AsyncIterator[asyncpg.Connection]:
-    async with engine.direct() as connection:
-        await connection.execute(f"SET ROLE {role}")
-        yield connection
+    async with roles(engine):
+        await grant_everything(engine)
+        yield engine
 
 
 async def assert_nothing_is_read(engine: Engine) -> None:
