@@ -137,7 +137,10 @@ async def test_a_cancelled_inner_block_leaves_the_outer_usable(engine: Engine) -
 
 
 async def test_terminated_backends_cost_no_connection(server: Server, database: str) -> None:
-    async with server.engine(database, pool_size=3) as engine, server.engine(database, pool_size=1) as killer:
+    async with (
+        server.engine(database, pool_size=3) as engine,
+        Engine(server.url(database, direct=True), pool_size=1) as killer,
+    ):
 
         async def work() -> None:
             async with engine.transaction():
@@ -414,7 +417,7 @@ async def test_retry_repeats_what_was_rolled_back_for_certain(engine: Engine) ->
 
 
 async def test_retry_repeats_an_unknown_outcome_only_when_idempotent(server: Server, database: str) -> None:
-    async with server.engine(database) as engine, server.engine(database, pool_size=1) as killer:
+    async with server.engine(database) as engine, Engine(server.url(database, direct=True), pool_size=1) as killer:
         calls = 0
 
         async def unit() -> str:
@@ -438,7 +441,10 @@ async def test_retry_repeats_an_unknown_outcome_only_when_idempotent(server: Ser
 
 @pytest.mark.direct
 async def test_a_pool_of_dead_connections_is_survived(server: Server, database: str) -> None:
-    async with server.engine(database, pool_size=5) as engine, server.engine(database, pool_size=1) as killer:
+    async with (
+        server.engine(database, pool_size=5) as engine,
+        Engine(server.url(database, direct=True), pool_size=1) as killer,
+    ):
         await serves(engine, 5)
         await killer.fetch(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
@@ -465,7 +471,7 @@ async def test_behind_a_pooler_a_direct_connection_needs_its_own_url(server: Ser
 
 
 async def test_a_held_connection_comes_back_after_it_was_lost(server: Server, database: str) -> None:
-    async with server.engine(database) as engine, server.engine(database, pool_size=1) as killer:
+    async with server.engine(database) as engine, Engine(server.url(database, direct=True), pool_size=1) as killer:
         held = engine.hold()
         pid = (await held.fetch("SELECT pg_backend_pid()"))[0][0]
         await killer.fetch("SELECT pg_terminate_backend($1)", pid)
