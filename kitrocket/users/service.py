@@ -291,15 +291,16 @@ class UserService:
         say why. The address counts as verified. Raises :class:`InvalidInputError` for the new password.
         """
         now = self._now()
+        inputs.secret("token", token)
         reset = partial(
             self._credentials.reset_password,
             self._proofs,
-            self._proofs.read("reset", inputs.secret("token", token), now),
             new=new_password("new", new),
             revoke=checked_revoke(revoke),
             now=now,
         )
-        return await self._engine.retry(reset)
+        claim = self._proofs.read("reset", token, now)
+        return await self._engine.retry(lambda: reset(claim))
 
     def _now(self) -> datetime:
         return to_milliseconds(self._clock())
