@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 
+import anyio
 import typer
 from rich.table import Table
 
+from kitrocket.cli.progress import progress
 from kitrocket.cli.running import opened, out, remarks, run
 
 sessions = typer.Typer(no_args_is_help=True, help="Sessions.")
 usage = typer.Typer(no_args_is_help=True, help="AI token usage.")
 
-#: How many rows one step of a sweep deletes before it shows how far it is.
-_STEP = 10_000
+#: How long a stopped command counts what is left, in seconds.
+_COUNT_LIMIT = 5.0
 
 
 @sessions.callback()
@@ -27,22 +30,69 @@ def sweep(
     limit: Annotated[int | None, typer.Option(min=1, help="Delete at most this many.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Rows in one transaction.")] = 1000,
 ) -> None:
-    """Delete the sessions that have expired. Safe beside others that sweep, and for cron."""
+    """Delete the sessions that have expired. Safe beside others that sweep, and for cron; Ctrl-C stops it cleanly."""
 
     async def work() -> None:
-        deleted = 0
         async with opened() as kit:
-            with remarks.status("sweeping") as status:
-                while limit is None or deleted < limit:
-                    step = _STEP if limit is None else min(_STEP, limit - deleted)
-                    result = await kit.sessions.delete_expired(limit=step, batch_size=batch_size)
-                    deleted += result.deleted
-                    status.update(f"sweeping: {deleted:,} deleted")
-                    if not result.more or result.deleted == 0:
-                        break
-        out.print(f"Deleted {deleted:,} expired session(s).")
+            total = await kit.sessions.count_expired()
+            task = _Stoppable("Deleted", "expired session(s)", kit.sessions.count_expired)
+            await task.run(
+                "sweeping",
+                total if limit is None else min(limit, total),
+                lambda report: kit.sessions.delete_expired(limit=limit, batch_size=batch_size, report=report),
+            )
 
     run(work)
+
+
+@sessions.command()
+def digest(
+    batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Rows in one transaction.")] = 1000,
+) -> None:
+    """Replace plain session tokens by their digests. Nobody is signed out; Ctrl-C stops it cleanly."""
+
+    async def work() -> None:
+        async with opened() as kit:
+            task = _Stoppable("Replaced", "plain token(s)", kit.sessions.count_plain)
+            await task.run(
+                "digesting",
+                await kit.sessions.count_plain(),
+                lambda report: kit.sessions.digest_tokens(batch_size=batch_size, report=report),
+            )
+
+    run(work)
+
+
+class _Stoppable:
+    """Work in batches that says what it did, and when it is stopped also what is left."""
+
+    def __init__(self, verb: str, noun: str, count: Callable[[], Awaitable[int]]) -> None:
+        self._verb = verb
+        self._noun = noun
+        self._count = count
+        self._done = 0
+
+    async def run(self, what: str, total: int, work: Callable[[Callable[[int], None]], Awaitable[object]]) -> None:
+        """Run ``work``, which reports how many are done so far."""
+        try:
+            with progress(what, total) as show:
+
+                def report(done: int) -> None:
+                    self._done = done
+                    show(done)
+
+                await work(report)
+        except anyio.get_cancelled_exc_class():
+            left = "some"
+            with anyio.move_on_after(_COUNT_LIMIT, shield=True):
+                left = f"{await self._count():,}"
+            remarks.print(f"Stopped with {left} left; run it again to go on.")
+            self._say()
+            raise
+        self._say()
+
+    def _say(self) -> None:
+        out.print(f"{self._verb} {self._done:,} {self._noun}.")
 
 
 @usage.callback()

@@ -44,7 +44,7 @@ async def test_help_names_every_command() -> None:
         assert command in out
     for command, words in (
         ("db", ("migrate", "push", "adopt", "stop")),
-        ("sessions", ("sweep",)),
+        ("sessions", ("sweep", "digest")),
         ("usage", ("report",)),
     ):
         _, out, _ = await kitrocket(command, "--help")
