@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,15 @@ import httpx
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "better-auth"
-SECRET = "a secret of both sides, with thirty-two bytes and an ü"
+GUIDE = FOLDER.parents[1] / "docs" / "how-to" / "better-auth.md"
+SECRET = "a secret of both sides with thirty-two bytes and an ü"
+
+
+def exported() -> dict[str, str]:
+    """kitrocket's environment as the guide exports it, with this run's secret; over plain http."""
+    pairs = re.findall(r'^export (KITROCKET_\w+)="?(.+?)"?$', GUIDE.read_text(encoding="utf-8"), re.MULTILINE)
+    secret = {"$BETTER_AUTH_SECRET": SECRET}
+    return {name: secret.get(value, value) for name, value in pairs} | {"KITROCKET_SESSION_COOKIE_SECURE": "0"}
 
 
 def require_node() -> None:

@@ -79,7 +79,8 @@ export const subscriptions = pgTable("subscriptions", {
   createdAt: timestamp("created_at").defaultNow().notNull(),
   updatedAt: timestamp("updated_at").defaultNow().notNull(),
 }, (t) => [
-  uniqueIndex("subscriptions_one_live_per_user").on(t.userId).where(sql`${t.status} IN ('active', 'trialing', 'past_due')`),
+  uniqueIndex("subscriptions_one_live_per_user").on(t.userId)
+    .where(sql`${t.status} IN ('active', 'trialing', 'past_due')`),
   index("subscriptions_user_id_idx").on(t.userId),
   index("subscriptions_dodo_subscription_id_idx").on(t.dodoSubscriptionId),
   index("subscriptions_dodo_customer_id_idx").on(t.dodoCustomerId),
