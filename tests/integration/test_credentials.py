@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import anyio
 import anyio.lowlevel
@@ -22,6 +24,7 @@ from kitrocket.errors import EmailTakenError, InvalidInputError, UserNotFoundErr
 from kitrocket.models import CredentialChange, IssuedSession
 from kitrocket.testing import ManualClock
 from kitrocket.tokens import digest, new_token
+from servers import Server
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("cheap_hashes")]
 
@@ -360,6 +363,66 @@ async def test_a_session_that_slides_meanwhile_is_not_brought_back(
         assert change.issued is not None
         assert change.issued.session.expires_at == clock.now + TTL
         assert [await kit.sessions.validate(issued.token) for issued in (mine, other)] == [None, None]
+
+
+# -- create, with a session -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["users", "accounts", "sessions"])
+async def test_a_fault_while_signing_up_leaves_nothing(kit: KitRocket, engine: Engine, table: str) -> None:
+    async def sign_up() -> IssuedSession:
+        async with kit.transaction():
+            user = await kit.users.create(email="ada@example.com", name="Ada", password=OLD)
+            return await kit.sessions.create(user.id)
+
+    await engine.fetch(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'a fault'; END $$"
+    )
+    await engine.fetch(f"CREATE TRIGGER refuse AFTER INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION refuse()")
+    with pytest.raises(asyncpg.RaiseError):
+        await sign_up()
+    assert await dump(engine) == []
+    await engine.fetch(f"DROP TRIGGER refuse ON {table}")
+    assert await kit.sessions.validate((await sign_up()).token) is not None
+
+
+async def test_what_is_stored_is_utc_wherever_clock_process_and_database_are(
+    engine: Engine, server: Server, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_york = ZoneInfo("America/New_York")
+    await engine.fetch(f"ALTER DATABASE {database} SET timezone = 'America/New_York'")
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        async with server.engine(database) as elsewhere:
+            settings = Settings(secret="s" * 32)
+            kit = KitRocket(settings, engine=elsewhere, clock=lambda: AT.astimezone(new_york), background=False)
+            await kit.users.create(email="ada@example.com", name="Ada", password=OLD)
+            issued = await kit.sign_in(email="ada@example.com", password=OLD)
+            assert issued is not None
+            token = await kit.users.request_verification("ada@example.com")
+            assert token is not None
+            user = await kit.users.verify_email(token)
+            change = await kit.users.change_password(user.id, current=OLD, new=NEW, keep=issued.token)
+            arrived = await kit.accounts.sign_in(
+                provider="github",
+                provider_account_id="42",
+                email="new@example.com",
+                email_verified=True,
+                access_token="a",
+                expires_at=AT.astimezone(new_york),
+            )
+            exported = await kit.users.export(user.id)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    users = await engine.fetch("SELECT created_at, updated_at, email_verified FROM users")
+    accounts = await engine.fetch("SELECT created_at, coalesce(expires_at, created_at) FROM accounts")
+    sessions = await engine.fetch("SELECT created_at, expires_at - interval '7 days' FROM sessions")
+    assert {instant for row in (*users, *accounts, *sessions) for instant in row} == {to_db(AT)}
+    assert change.issued is not None
+    assert (change.issued.session.created_at, arrived.account.expires_at, user.email_verified) == (AT, AT, AT)
+    assert exported.user["email_verified"] == "2026-03-01T12:00:00+00:00"
 
 
 # -- sign_in --------------------------------------------------------------------------------------------------------

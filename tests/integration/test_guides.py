@@ -35,9 +35,11 @@ async def run_page(page: str, names: dict[str, Any]) -> None:
 
 
 async def test_the_page_on_users(engine: Engine, clock: ManualClock) -> None:
-    names: dict[str, Any] = {"kit": KitRocket(Settings(), engine=engine, clock=clock, background=False)}
+    settings = Settings(secret="s" * 32)
+    names: dict[str, Any] = {"kit": KitRocket(settings, engine=engine, clock=clock, background=False)}
     await run_page("users.md", names)
-    assert names["user"].email_verified == clock()
+    assert (names["user"].email, names["user"].email_verified) == ("lovelace@example.com", None)
+    assert names["found"].outcome == "created"
     assert names["both"].subscription is None
     assert names["account"].provider == "github"
     assert (names["gone"].sessions, names["gone"].accounts) == (0, 1)

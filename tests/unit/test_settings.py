@@ -69,3 +69,32 @@ def test_better_auths_secrets_are_a_list_that_is_not_shown(monkeypatch: pytest.M
     assert "old-secret" not in repr(settings) + settings.model_dump_json()
     monkeypatch.setenv("KITROCKET_BETTER_AUTH_SECRET", '["a,b"]')
     assert [secret.get_secret_value() for secret in Settings().better_auth_secret] == ["a,b"]
+
+
+@pytest.mark.parametrize("length", [31, 32, 33])
+def test_a_secret_has_at_least_32_bytes(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setenv("KITROCKET_SECRET", "s" * length)
+    if length < 32:
+        with pytest.raises(ValidationError, match="at least 32 bytes") as caught:
+            Settings()
+        assert "sss" not in str(caught.value)
+    else:
+        found = Settings().secret
+        assert found is not None
+        assert found.get_secret_value() == "s" * length
+        assert "sss" not in repr(Settings())
+
+
+def test_an_empty_secret_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KITROCKET_SECRET", "")
+    assert Settings().secret is None
+
+
+def test_how_identities_are_linked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (Settings().trusted_providers, Settings().on_unverified_local) == ([], "refuse")
+    monkeypatch.setenv("KITROCKET_TRUSTED_PROVIDERS", "google, apple")
+    monkeypatch.setenv("KITROCKET_ON_UNVERIFIED_LOCAL", "take_over")
+    assert (Settings().trusted_providers, Settings().on_unverified_local) == (["google", "apple"], "take_over")
+    monkeypatch.setenv("KITROCKET_ON_UNVERIFIED_LOCAL", "merge")
+    with pytest.raises(ValidationError, match="on_unverified_local"):
+        Settings()
