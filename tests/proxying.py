@@ -24,6 +24,8 @@ class Proxy:
         self._password = f":{parts.password}" if parts.password else ""
         self._streams: list[anyio.abc.AnyByteStream] = []
         self.is_cut = False
+        #: How many connections it refused.
+        self.refused = 0
         self.port = 0
 
     def url(self, database: str) -> str:
@@ -46,6 +48,7 @@ class Proxy:
     async def _handle(self, client: anyio.abc.SocketStream) -> None:
         async with client:
             if self.is_cut:
+                self.refused += 1
                 return
             server = await self._connect()
             self._streams += [client, server]

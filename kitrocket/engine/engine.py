@@ -255,11 +255,6 @@ class Engine(PostgresEngine):
         arguments = await self._arguments()
         return await asyncpg.connect(**arguments if timed else arguments | {"command_timeout": None})
 
-    @property
-    def command_timeout(self) -> float:
-        """The longest that a statement may take, in seconds."""
-        return self._command_timeout
-
     @asynccontextmanager
     async def direct(self) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
         """A connection of its own past any pooler, for session locks, LISTEN and migrations.
@@ -279,9 +274,12 @@ class Engine(PostgresEngine):
             if limit.cancelled_caught:
                 connection.terminate()
 
-    def hold(self) -> HeldConnection:
-        """A connection of its own for a hot statement; it connects on first use. Close it with ``aclose``."""
-        return HeldConnection(self)
+    def hold(self, *, timeout: timedelta | None = None) -> HeldConnection:
+        """A connection of its own for a hot statement; it connects on first use. Close it with ``aclose``.
+
+        ``timeout`` is the longest that a statement may take; by default the command time-out.
+        """
+        return HeldConnection(self, self._command_timeout if timeout is None else timeout.total_seconds())
 
     # -- queries ------------------------------------------------------------------------------------------------
 

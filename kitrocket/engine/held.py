@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 class HeldConnection:
     """One connection of its own, kept for a hot statement; it reconnects after it was lost.
 
-    One statement at a time: the caller takes turns. The engine's command time-out is kept by one timer in all, since
-    one per statement would cost a tenth of it: a statement that takes between once and twice as long is cut off.
+    One statement at a time: the caller takes turns. ``timeout``, in seconds, is kept by one timer in all, since one per
+    statement would cost a tenth of it: a statement that takes between once and twice as long is cut off.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, timeout: float) -> None:
         self._engine = engine
+        self._timeout = timeout
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         #: SQL → what runs it on the present connection.
         self._runs: dict[str, Callable[..., Awaitable[list[asyncpg.Record]]]] = {}
@@ -41,7 +42,7 @@ class HeldConnection:
     async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
         """Run a statement, prepared once per connection. Raises as :meth:`Engine.fetch`.
 
-        When the call is cancelled, so is the statement; the next call waits for that, within the command time-out.
+        When the call is cancelled, so is the statement; the next call waits for that, within the time-out.
         """
         self._begun += 1
         self._busy = True
@@ -91,4 +92,4 @@ class HeldConnection:
         if self._busy and self._begun == self._seen:
             self._connection.terminate()
         self._seen = self._begun
-        self._timer = asyncio.get_running_loop().call_later(self._engine.command_timeout, self._watch)
+        self._timer = asyncio.get_running_loop().call_later(self._timeout, self._watch)

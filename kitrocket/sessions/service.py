@@ -120,7 +120,8 @@ class SessionService:
         """Return the live session of a token with its user, or ``None``. One statement, and none for what is no token.
 
         When it is due the expiry is extended, and ``refreshed`` says so. ``refresh=False`` only reads, and then
-        ``node`` may name a replica, which can lag: a session revoked a moment ago may still be live there.
+        ``node`` may name a replica, which can lag: a session revoked a moment ago may still be live there. When the
+        database is away it is tried again for about 5 s, then :class:`DatabaseUnavailableError` is raised.
         """
         if node is not None and refresh:
             raise InvalidInputError("node", "a replica cannot refresh", "refresh=False with it")
@@ -131,7 +132,7 @@ class SessionService:
         if refresh:
             row = await self._validator.find(forms, now)
         else:
-            row = await self._engine.fetchrow(_SQL["look_up"], forms, now, self._ttl, self._max_lifetime, node=node)
+            row = await self._validator.look_up(forms, now, node=node)
         return None if row is None else _session_with_user(row)
 
     def coalescing(self) -> AbstractAsyncContextManager[None]:

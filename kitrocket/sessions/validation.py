@@ -10,24 +10,30 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import anyio
 import asyncpg
 
 from kitrocket.engine import Engine, Fault, HeldConnection, fault_of
+from kitrocket.errors import DatabaseUnavailableError
 from kitrocket.sql import statements
 
+T = TypeVar("T")
+
 _SQL = statements("sessions")
-_ONE, _MANY = _SQL["validate"], _SQL["validate_many"]
+_ONE, _MANY, _LOOK_UP = _SQL["validate"], _SQL["validate_many"], _SQL["look_up"]
 
 #: How many statements are in flight before callers begin to wait for each other.
 _LANES = 2
 #: The most callers that one statement answers.
 _BATCH = 256
+#: How long a caller waits for a database that is away, all in all: someone waits for a page. On the held connections a
+#: statement that takes twice as long is cut off.
+_DEADLINE = timedelta(seconds=5)
 #: How long leaving waits for the callers that are still to be answered, in seconds.
 _DRAIN_LIMIT = 5.0
 
@@ -39,12 +45,14 @@ class _Source(Protocol):
 class _Caller:
     """Someone who waits: for an answer, or for a lane, which makes it the one that runs the next batch."""
 
-    __slots__ = ("answer", "forms", "lane", "now", "woken")
+    __slots__ = ("answer", "began", "forms", "lane", "now", "woken")
 
     def __init__(self, forms: Sequence[str], now: datetime) -> None:
         self.forms = forms
         self.now = now
-        self.woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.began = loop.time()
+        self.woken: asyncio.Future[None] = loop.create_future()
         self.lane: HeldConnection | None = None
         self.answer: asyncpg.Record | Exception | None = None
 
@@ -82,13 +90,25 @@ class Validator:
         finally:
             self._pass_on(lane)
 
+    async def look_up(self, forms: Sequence[str], now: datetime, *, node: str | None) -> asyncpg.Record | None:
+        """Return the row of a live session, or ``None``; only read, perhaps on a replica."""
+        ttl, _, max_lifetime = self._policy
+
+        async def ask() -> asyncpg.Record | None:
+            return await self._engine.fetchrow(_LOOK_UP, forms, now, ttl, max_lifetime, node=node)
+
+        try:
+            return await ask()
+        except Exception as error:  # noqa: BLE001 - raised there, or done again
+            return await self._again(error, ask)
+
     @asynccontextmanager
     async def coalescing(self) -> AsyncIterator[None]:
         """Coalesce the calls of this event loop inside the block. It may be left from another task."""
         if self._loop is not None:
             yield
             return
-        lanes = [self._engine.hold() for _ in range(_LANES)]
+        lanes = [self._engine.hold(timeout=_DEADLINE) for _ in range(_LANES)]
         self._loop, self._free, self._idle = asyncio.get_running_loop(), list(lanes), anyio.Event()
         try:
             yield
@@ -102,32 +122,42 @@ class Validator:
             for lane in lanes:
                 await lane.aclose()
 
-    async def _ask(self, source: _Source, forms: Sequence[str], now: datetime) -> asyncpg.Record | None:
+    async def _ask(
+        self, source: _Source, forms: Sequence[str], now: datetime, began: float | None = None
+    ) -> asyncpg.Record | None:
         if len(forms) > 1:
-            return _first(await self._ask_many(source, [(form, now) for form in forms]), forms, now)
+            return _first(await self._ask_many(source, [(form, now) for form in forms], began), forms, now)
         try:
             rows = await source.fetch(_ONE, forms[0], now, *self._policy)
         except Exception as error:  # noqa: BLE001 - raised there, or done again
-            rows = await self._again(error, source, _ONE, forms[0], now)
+            rows = await self._again(error, lambda: source.fetch(_ONE, forms[0], now, *self._policy), began)
         return rows[0] if rows else None
 
     async def _ask_many(
-        self, source: _Source, asked: Sequence[tuple[str, datetime]]
+        self, source: _Source, asked: Sequence[tuple[str, datetime]], began: float | None = None
     ) -> dict[tuple[str, datetime], asyncpg.Record]:
         unique = list(dict.fromkeys(asked))
         forms, instants = [form for form, _ in unique], [instant for _, instant in unique]
         try:
             rows = await source.fetch(_MANY, forms, instants, *self._policy)
         except Exception as error:  # noqa: BLE001 - raised there, or done again
-            rows = await self._again(error, source, _MANY, forms, instants)
+            rows = await self._again(error, lambda: source.fetch(_MANY, forms, instants, *self._policy), began)
         return {(row["asked_token"], row["asked_instant"]): row for row in rows}
 
-    async def _again(self, error: Exception, source: _Source, sql: str, *asked: Any) -> list[asyncpg.Record]:
-        """Run a statement again that failed, if that can help."""
+    async def _again(self, error: Exception, unit: Callable[[], Awaitable[T]], began: float | None = None) -> T:
+        """Run again what failed, if that can help, until the deadline of who ``began`` to wait then."""
         if fault_of(error) is Fault.NEVER or self._engine.in_transaction():
             raise error
-        # Sliding twice to the same instant is sliding once, so an unknown outcome may be tried again.
-        return await self._engine.retry(lambda: source.fetch(sql, *asked, *self._policy), idempotent=True)
+        waited = 0.0 if began is None else anyio.current_time() - began
+        left = _DEADLINE.total_seconds() - waited
+        if left <= 0:
+            raise error
+        try:
+            with anyio.fail_after(left):
+                # Sliding twice to the same instant is sliding once, so an unknown outcome may be tried again.
+                return await self._engine.retry(unit, idempotent=True, deadline=timedelta(seconds=left))
+        except TimeoutError:
+            raise DatabaseUnavailableError(f"PostgreSQL did not answer within {left:.1f} s") from error
 
     async def _queue(self, caller: _Caller) -> asyncpg.Record | None:
         self._waiting.append(caller)
@@ -159,9 +189,10 @@ class Validator:
     async def _answer(self, lane: HeldConnection, batch: list[_Caller]) -> None:
         try:
             if len(batch) == 1:
-                batch[0].answer = await self._ask(lane, batch[0].forms, batch[0].now)
+                batch[0].answer = await self._ask(lane, batch[0].forms, batch[0].now, batch[0].began)
             else:
-                found = await self._ask_many(lane, [(form, caller.now) for caller in batch for form in caller.forms])
+                asked = [(form, caller.now) for caller in batch for form in caller.forms]
+                found = await self._ask_many(lane, asked, batch[0].began)
                 for caller in batch:
                     caller.answer = _first(found, caller.forms, caller.now)
         except Exception as error:  # noqa: BLE001 - it is raised in each caller
