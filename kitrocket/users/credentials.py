@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +14,7 @@ from kitrocket.clock import to_db
 from kitrocket.engine import Engine
 from kitrocket.errors import InvalidInputError, InvalidTokenError, UserNotFoundError, WrongPasswordError
 from kitrocket.ids import new_id
-from kitrocket.models import CredentialChange
+from kitrocket.models import CredentialChange, User
 from kitrocket.passwords import Passwords
 from kitrocket.proofs import Claim, Proofs
 from kitrocket.rotation import Revoke, Rotation
@@ -110,20 +110,28 @@ class Credentials:
         self, proofs: Proofs, claim: Claim, *, new: str, revoke: Revoke, now: datetime
     ) -> CredentialChange:
         """Set the password of the user who was sent a token, which also proves the address."""
-        await self._held_against(proofs, claim)  # junk is not worth a hash
+        await self._held_against(proofs, claim, reset_state)  # junk is not worth a hash
         hashed = await self._passwords.hash(new)
         async with self._engine.transaction():
             await self._engine.fetch(_LOCK_USER, claim.user_id)
-            row = await self._held_against(proofs, claim)
+            row = await self._held_against(proofs, claim, reset_state)
             if row["account_id"] is None:
                 await self._engine.fetch(_SQL["insert_credential"], new_id(), claim.user_id, hashed, to_db(now))
             elif not await self._engine.fetch(_SQL["replace_hash"], row["account_id"], row["password"], hashed):
                 raise InvalidTokenError
-            verified = await self._engine.fetchrow(
-                _SQL["mark_email_verified"], claim.user_id, to_db(now), inputs.normalised_email(row["email"])
-            )
+            verified = await self._engine.fetchrow(_SQL["mark_email_verified"], claim.user_id, to_db(now), None)
             assert verified is not None
             return await self._changed(verified, keep=None, revoke=revoke, now=now, proven=True)
+
+    async def verify_email(self, proofs: Proofs, claim: Claim, *, now: datetime) -> User:
+        """Note that the address is verified of the user who was sent a token."""
+        async with self._engine.transaction():
+            await self._engine.fetch(_LOCK_USER, claim.user_id)
+            row = await self._held_against(proofs, claim, verify_state)
+            verified = await self._engine.fetchrow(_SQL["verify_email"], claim.user_id, row["email"], to_db(now))
+            if verified is None:
+                raise InvalidTokenError
+        return user_from_row(verified)
 
     async def _find(self, email: str) -> asyncpg.Record | None:
         try:
@@ -135,11 +143,13 @@ class Credentials:
         if await self._engine.fetchrow(_LOCK_USER, user_id) is None:
             raise UserNotFoundError(user_id)
 
-    async def _held_against(self, proofs: Proofs, claim: Claim) -> asyncpg.Record:
+    async def _held_against(
+        self, proofs: Proofs, claim: Claim, state: Callable[[asyncpg.Record], tuple[str | None, ...]]
+    ) -> asyncpg.Record:
         row = await self._engine.fetchrow(_SQL["credential_of_user"], claim.user_id)
         if row is None:
             raise InvalidTokenError
-        proofs.check(claim, reset_state(row))
+        proofs.check(claim, state(row))
         return row
 
     async def _changed(

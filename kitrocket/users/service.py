@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from kitrocket import inputs
 from kitrocket.clock import Clock, from_db, to_db, to_milliseconds, utc_now
 from kitrocket.engine import Engine
-from kitrocket.errors import InvalidTokenError, UserNotFoundError
+from kitrocket.errors import UserNotFoundError
 from kitrocket.ids import new_id
 from kitrocket.models import CredentialChange, DeletedUser, Subscription, User, UserExport, UserWithSubscription
 from kitrocket.passwords import Passwords, PasswordScheme, new_password
@@ -25,10 +25,9 @@ from kitrocket.rotation import Revoke, Rotation, checked_keep, checked_revoke
 from kitrocket.rows import user_from_row
 from kitrocket.sql import statements
 from kitrocket.tables import Users
-from kitrocket.users.credentials import Credentials, reset_state, verify_state
+from kitrocket.users.credentials import Credentials, reset_state
 
 _SQL = statements("users")
-_LOCK_USER = statements("accounts")["lock_user"]
 
 
 class Omitted(enum.Enum):
@@ -260,20 +259,7 @@ class UserService:
         """
         now = self._now()
         claim = self._proofs.read("verify", inputs.secret("token", token), now)
-
-        async def redeem() -> User:
-            async with self._engine.transaction():
-                await self._engine.fetch(_LOCK_USER, claim.user_id)
-                row = await self._engine.fetchrow(_SQL["credential_of_user"], claim.user_id)
-                if row is None:
-                    raise InvalidTokenError
-                self._proofs.check(claim, verify_state(row))
-                verified = await self._engine.fetchrow(_SQL["verify_email"], claim.user_id, row["email"], to_db(now))
-                if verified is None:
-                    raise InvalidTokenError
-            return user_from_row(verified)
-
-        return await self._engine.retry(redeem)
+        return await self._engine.retry(lambda: self._credentials.verify_email(self._proofs, claim, now=now))
 
     async def request_password_reset(self, email: str) -> str | None:
         """Return a token with which this user may set a new password, valid for an hour; ``None`` for an unknown one.
