@@ -16,10 +16,11 @@ import pytest_asyncio
 from factories import make_session, make_user
 from kitrocket.clock import from_db, to_db, utc_now
 from kitrocket.engine import Engine
-from kitrocket.errors import InvalidInputError
+from kitrocket.errors import DatabaseUnavailableError, InvalidInputError
 from kitrocket.models import SessionWithUser
 from kitrocket.sessions import SessionService
 from kitrocket.sessions.service import TokenStorage
+from kitrocket.sql import statements
 from kitrocket.testing import ManualClock
 from kitrocket.tokens import digest, new_token
 from servers import Server
@@ -150,6 +151,48 @@ async def test_which_stored_tokens_are_accepted(
             await check()
     else:
         await check()
+
+
+@pytest.mark.parametrize("coalescing", [False, True])
+@pytest.mark.parametrize("tokens", ["digest", "plain", "digest+plain"])
+async def test_in_every_mode_it_holds_inside_and_outside_of_a_transaction(
+    engine: Engine, clock: ManualClock, tokens: TokenStorage, coalescing: bool
+) -> None:
+    service = SessionService(engine, clock=clock, tokens=tokens)
+    issued = await service.create(await make_user(engine))
+
+    async def check(expires_at: datetime, *, refreshed: bool) -> None:
+        looked_up = await service.validate(issued.token, refresh=False)
+        found = await service.validate(issued.token)
+        assert looked_up is not None
+        assert found is not None
+        assert found.refreshed is refreshed
+        assert found.session.expires_at == expires_at == await expiry(engine)
+        assert [each is not None for each in await validate_all(service, [issued.token] * 5)] == [True] * 5
+
+    async with AsyncExitStack() as stack:
+        if coalescing:
+            await stack.enter_async_context(service.coalescing())
+        await check(issued.session.expires_at, refreshed=False)
+        clock.advance(2 * DAY)
+        with pytest.raises(RuntimeError):
+            async with engine.transaction():
+                found = await service.validate(issued.token)
+                assert found is not None
+                assert found.refreshed is True
+                assert found.session.expires_at == clock.now + 7 * DAY == await expiry(engine)
+                assert await service.validate(issued.token, refresh=False) is not None
+                raise RuntimeError
+        assert await expiry(engine) == issued.session.expires_at
+        await check(clock.now + 7 * DAY, refreshed=True)
+        # What stands in the table is no token in any mode, unless it is stored plain.
+        stored = await engine.fetchval("SELECT token FROM sessions")
+        for each in {stored, digest(issued.token)} - {issued.token}:
+            assert await service.validate(each) is None
+            async with engine.transaction():
+                assert await service.validate(each) is None
+        assert await service.revoke_all(issued.session.user_id) == 1
+        assert await service.validate(issued.token) is None
 
 
 async def test_what_better_auth_writes_is_read(engine: Engine, clock: ManualClock) -> None:
@@ -343,6 +386,29 @@ async def test_looking_only_works_on_a_replica(server: Server, database: str, cl
         async with engine.transaction():
             await engine.fetch("SET TRANSACTION READ ONLY")
             assert await sessions.validate(issued.token, refresh=False) is None
+
+
+@pytest.mark.direct
+@pytest.mark.parametrize("tokens", ["digest", "plain", "digest+plain"])
+async def test_looking_only_works_where_nothing_can_be_written(
+    server: Server, database: str, clock: ManualClock, tokens: TokenStorage
+) -> None:
+    async with server.engine(database) as engine:
+        service = SessionService(engine, clock=clock, tokens=tokens)
+        issued = await service.create(await make_user(engine))
+        await engine.fetch(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    async with server.engine(database) as engine:
+        assert await engine.fetchval("SHOW transaction_read_only") == "on"
+        service = SessionService(engine, clock=clock, tokens=tokens)
+        found = await service.validate(issued.token, refresh=False)
+        assert found is not None
+        assert found.session == issued.session
+        # The statement that slides cannot run there, even when nothing is due: this is why there are two.
+        with pytest.raises(DatabaseUnavailableError) as raised:
+            await engine.fetch(
+                statements("sessions")["validate"], digest(issued.token), to_db(clock.now), 7 * DAY, DAY, 30 * DAY
+            )
+        assert isinstance(raised.value.__cause__, asyncpg.ReadOnlySQLTransactionError)
 
 
 # -- many at once -----------------------------------------------------------------------------------------------------
