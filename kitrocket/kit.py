@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import Context
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 #: How long one tick of the background sweep may take; it comes again soon when rows are left.
 _SWEEP_BUDGET = timedelta(seconds=10)
+
+#: How often hooks that failed, or that another process left, are looked for; what is received here is told at once.
+_HOOK_INTERVAL = timedelta(seconds=10)
 
 _logger = logging.getLogger("kitrocket")
 
@@ -117,6 +121,7 @@ class KitRocket:
             dispute_policy=self.settings.dispute_policy,
             max_bytes=self.settings.webhook_max_bytes,
             max_attempts=self.settings.webhook_max_attempts,
+            retention_days=self.settings.webhook_retention_days,
         )
         self.usage = UsageService(
             self.engine,
@@ -184,6 +189,12 @@ class KitRocket:
     async def _work(self) -> None:
         """Run the background work until cancelled."""
         async with anyio.create_task_group() as group:
+            group.start_soon(
+                partial(run_every, sleep=self.subscriptions.hooks_due),
+                "run hooks",
+                self.subscriptions.run_hooks,
+                min(_HOOK_INTERVAL, self.settings.webhook_retry_interval),
+            )
             group.start_soon(run_every, "sweep sessions", self._sweep, self.settings.session_sweep_interval)
             group.start_soon(
                 run_every, "retry webhooks", self.subscriptions.retry_parked, self.settings.webhook_retry_interval

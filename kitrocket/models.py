@@ -166,13 +166,56 @@ class WebhookReceipt(Value):
 class RetryResult(Value):
     """How many unfinished webhooks were tried again, how many of them are finished now, and how many were given up.
 
-    ``reprojected`` counts the subscriptions whose meaning time alone had changed.
+    ``reprojected`` counts the subscriptions whose meaning time alone had changed, ``told`` the events and incidents
+    that hooks were told of, ``purged`` the payloads that were taken out.
     """
 
     tried: int
     finished: int
     dead: int
     reprojected: int
+    told: int = 0
+    purged: int = 0
+
+
+class BillingEvent(Value):
+    """What a hook is told: an event of the provider, or an incident, whose type begins with ``incident.``.
+
+    ``webhook_id`` is the incident's id then. ``at`` is the event's own time; ``outcome`` is ``"applied"``,
+    ``"stale"``, ``"ignored"``, or ``"opened"`` of an incident. ``data`` is as the provider sent it, empty once it was
+    purged; it holds personal data and stays out of the repr.
+    """
+
+    webhook_id: str
+    type: str
+    at: AwareDatetime
+    user_id: str | None
+    subscription_id: str | None
+    payment_id: str | None
+    outcome: str
+    data: dict[str, JsonValue] = Field(repr=False)
+
+
+class StoredWebhook(Value):
+    """A stored delivery, without its payload. ``deliveries`` counts how often it came."""
+
+    webhook_id: str
+    type: str
+    subscription_id: str | None
+    payment_id: str | None
+    user_id: str | None
+    event_at: AwareDatetime | None
+    received_at: AwareDatetime
+    state: str
+    reason: str | None
+    attempts: int
+    next_attempt_at: AwareDatetime | None
+    last_error: str | None
+    deliveries: int
+    finished_at: AwareDatetime | None
+    hook_state: str
+    hook_attempts: int
+    has_payload: bool
 
 
 class UsageRecord(Value):
@@ -288,6 +331,7 @@ class DeletedUser(Value):
 __all__ = [
     "Access",
     "Account",
+    "BillingEvent",
     "CredentialChange",
     "DeletedUser",
     "DigestResult",
@@ -301,6 +345,7 @@ __all__ = [
     "Session",
     "SessionWithUser",
     "SignInOutcome",
+    "StoredWebhook",
     "Subscription",
     "SweepResult",
     "TopUser",

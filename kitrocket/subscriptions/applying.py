@@ -6,7 +6,7 @@ protects: a statement that waits for a lock keeps the snapshot from before the w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -37,15 +37,25 @@ _AHEAD = timedelta(hours=24)
 
 
 class Applier:
-    """Applies events on one engine, under the application's products, user keys and policy."""
+    """Applies events on one engine, under the application's products, user keys and policy.
+
+    ``is_heard`` says whether a hook wants incidents of a type.
+    """
 
     def __init__(
-        self, engine: Engine, *, products: Mapping[str, str], user_keys: Sequence[str], policy: Policy
+        self,
+        engine: Engine,
+        *,
+        products: Mapping[str, str],
+        user_keys: Sequence[str],
+        policy: Policy,
+        is_heard: Callable[[str], bool],
     ) -> None:
         self._engine = engine
         self._products = products
         self._user_keys = user_keys
         self._policy = policy
+        self._is_heard = is_heard
 
     async def apply(self, event: Event, webhook_id: str, now: datetime, *, again: bool = False) -> Verdict:
         """Apply an event and return what it came to. ``again`` writes the row anew even if nothing is new."""
@@ -258,7 +268,7 @@ class Applier:
 
     async def _project(self, user_ids: Iterable[str | None], now: datetime) -> None:
         known = {user_id for user_id in user_ids if user_id is not None}
-        await project_users(self._engine, known, now, self._policy)
+        await project_users(self._engine, known, now, self._policy, self._is_heard)
 
 
 def _is_started(state: SubscriptionSnapshot) -> bool:

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 import asyncpg
 
-from kitrocket.clock import to_db
+from kitrocket.clock import from_db, to_db
 from kitrocket.dodo.events import (
     DisputeState,
     Event,
@@ -23,7 +23,7 @@ from kitrocket.dodo.signature import Delivery
 from kitrocket.engine import Engine
 from kitrocket.errors import InvalidInputError, WebhookPayloadError
 from kitrocket.inputs import ID_MAX
-from kitrocket.models import WebhookOutcome
+from kitrocket.models import StoredWebhook, WebhookOutcome
 from kitrocket.sql import statements
 from kitrocket.subscriptions.mirror import optional_to_db
 
@@ -31,6 +31,8 @@ _SQL = statements("webhooks")
 
 FINISHED = frozenset({"applied", "stale", "ignored"})
 
+#: How many payloads one statement takes out, at most.
+_PURGED_AT_ONCE = 1000
 #: An unfinished event is tried again after this, then after four times as long each time, at most the second.
 _FIRST_PAUSE, _LONGEST_PAUSE = timedelta(seconds=60), timedelta(hours=6)
 
@@ -64,6 +66,7 @@ class Stored:
         self.body_sha256: str = row["body_sha256"]
         self.subscription_id: str | None = row["subscription_id"]
         self.payload: str | None = row["payload"]
+        self.hook_state: str = row["hook_state"]
 
 
 def digest_of(text: str) -> str:
@@ -72,12 +75,24 @@ def digest_of(text: str) -> str:
 
 
 class Inbox:
-    """The inbox of one engine. ``user_keys`` are the metadata keys of the user id; ``jitter`` answers 0.0 to 1.0."""
+    """The inbox of one engine.
 
-    def __init__(self, engine: Engine, *, user_keys: Sequence[str], jitter: Callable[[], float]) -> None:
+    ``user_keys`` are the metadata keys of the user id; ``pause`` answers how long to wait after so many attempts,
+    ``is_heard`` whether a hook wants events of a type.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        user_keys: Sequence[str],
+        pause: Callable[[int], timedelta],
+        is_heard: Callable[[str], bool],
+    ) -> None:
         self._engine = engine
         self._user_keys = user_keys
-        self._jitter = jitter
+        self._pause = pause
+        self._is_heard = is_heard
 
     async def store(self, delivery: Delivery, now: datetime) -> Stored:
         """Store a delivery, or lock the event that was stored before under its id."""
@@ -122,11 +137,15 @@ class Inbox:
         row = await self._engine.fetchrow(_SQL["wait_for_event"], webhook_id)
         return None if row is None else Stored(row)
 
-    async def settle(self, stored: Stored, verdict: Verdict, now: datetime) -> None:
-        """Note what became of an event, and when to try an unfinished one again."""
+    async def settle(self, stored: Stored, verdict: Verdict, now: datetime, *, hooks: bool = False) -> None:
+        """Note what became of an event, and when to try an unfinished one again.
+
+        A finished one is for the hooks that want it, once, or with ``hooks`` once more.
+        """
         unfinished = verdict.state not in FINISHED
         attempts = stored.attempts + unfinished
         due = now + self._pause(attempts) if unfinished and verdict.state != "dead" else None
+        is_told = not unfinished and (hooks or stored.hook_state == "none") and self._is_heard(stored.type)
         noted = await self._engine.fetchval(
             _SQL["settle_event"],
             stored.webhook_id,
@@ -138,6 +157,7 @@ class Inbox:
             optional_to_db(due),
             verdict.last_error,
             None if unfinished else to_db(now),
+            to_db(now) if is_told else None,
         )
         if noted is None:
             raise RuntimeError("an event vanished from the inbox while it was locked")
@@ -152,9 +172,48 @@ class Inbox:
         rows = await self._engine.fetch(_SQL["events_of_unknown_kind"])
         return [(row["webhook_id"], row["payload"]) for row in rows]
 
-    def _pause(self, attempts: int) -> timedelta:
-        times: int = 4 ** min(attempts - 1, 10)
-        return min(_FIRST_PAUSE * times, _LONGEST_PAUSE) * (0.8 + 0.4 * self._jitter())
+    async def purge(self, now: datetime, retention: timedelta) -> int:
+        """Take out the payloads that were kept long enough, or whose user is gone; return how many that were."""
+        purged = 0
+        finished, unfinished = to_db(now - retention), to_db(now - 2 * retention)
+        for statement, parameters in (("purge_events", (finished, unfinished)), ("purge_events_of_nobody", ())):
+            while True:
+                rows = await self._engine.fetch(_SQL[statement], *parameters)
+                purged += len(rows)
+                if len(rows) < _PURGED_AT_ONCE:
+                    break
+        return purged
+
+    async def list(
+        self,
+        *,
+        states: Sequence[str] | None = None,
+        reasons: Sequence[str] | None = None,
+        subscription_id: str | None = None,
+        user_id: str | None = None,
+        hook_states: Sequence[str] | None = None,
+        limit: int,
+    ) -> Sequence[StoredWebhook]:
+        """Return stored events, newest first."""
+        rows = await self._engine.fetch(
+            _SQL["list_events"], states, reasons, subscription_id, user_id, hook_states, limit
+        )
+        return [_stored(row) for row in rows]
+
+    async def show(self, webhook_id: str) -> StoredWebhook | None:
+        """Return a stored event, or ``None`` when there is none."""
+        row = await self._engine.fetchrow(_SQL["show_event"], webhook_id)
+        return None if row is None else _stored(row)
+
+
+def pause_after(attempts: int, jitter: float) -> timedelta:
+    """Return how long to wait after so many attempts; ``jitter`` is 0.0 to 1.0."""
+    times: int = 4 ** min(attempts - 1, 10)
+    return min(_FIRST_PAUSE * times, _LONGEST_PAUSE) * (0.8 + 0.4 * jitter)
+
+
+def _stored(row: asyncpg.Record) -> StoredWebhook:
+    return StoredWebhook(**{k: from_db(v) if isinstance(v, datetime) else v for k, v in row.items()})
 
 
 def _ids(event: Event) -> tuple[str | None, str | None, str | None]:

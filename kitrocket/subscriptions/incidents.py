@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 
 from kitrocket.clock import to_db
@@ -34,23 +34,35 @@ def incidents_of(user_id: str, snapshots: Iterable[Snapshot]) -> dict[str, list[
 
 
 async def note_incidents(
-    engine: Engine, user_id: str, snapshots: Iterable[Snapshot], known: set[str], now: datetime
+    engine: Engine,
+    user_id: str,
+    snapshots: Iterable[Snapshot],
+    known: set[str],
+    now: datetime,
+    is_heard: Callable[[str], bool],
 ) -> None:
     """Open and close a user's incidents; ``known`` are the open ones. The transaction holds the user's lock."""
     wanted = incidents_of(user_id, snapshots)
     for name in sorted(wanted.keys() - known):
         kind, _, subject = name.partition(" ")
-        await open_incident(engine, kind, subject, user_id, {"subscriptions": wanted[name]}, now)
+        await open_incident(engine, kind, subject, user_id, {"subscriptions": wanted[name]}, now, is_heard)
     for name in sorted(known - wanted.keys()):
         kind, _, subject = name.partition(" ")
         await engine.fetch(_SQL["close_incident"], kind, subject, to_db(now))
 
 
 async def open_incident(
-    engine: Engine, kind: str, subject: str, user_id: str | None, detail: Mapping[str, object], now: datetime
+    engine: Engine,
+    kind: str,
+    subject: str,
+    user_id: str | None,
+    detail: Mapping[str, object],
+    now: datetime,
+    is_heard: Callable[[str], bool],
 ) -> bool:
-    """Open an incident, and return whether none of its kind and subject was open."""
+    """Open an incident, and return whether none of its kind and subject was open. Hooks that want it are told."""
+    hooks = "pending" if is_heard(f"incident.{kind}") else "none"
     id = await engine.fetchval(
-        _SQL["open_incident"], new_id(), kind, subject, user_id, to_db(now), json.dumps(detail), "none"
+        _SQL["open_incident"], new_id(), kind, subject, user_id, to_db(now), json.dumps(detail), hooks
     )
     return id is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from itertools import groupby
 from typing import Any
@@ -46,8 +46,13 @@ def subscription_from_row(row: asyncpg.Record) -> Subscription:
     )
 
 
-async def project_users(engine: Engine, user_ids: Iterable[str], now: datetime, policy: Policy) -> None:
-    """Bring the rows of users, whose locks this transaction holds, to what their snapshots mean at ``now``."""
+async def project_users(
+    engine: Engine, user_ids: Iterable[str], now: datetime, policy: Policy, is_heard: Callable[[str], bool]
+) -> None:
+    """Bring the rows of users, whose locks this transaction holds, to what their snapshots mean at ``now``.
+
+    ``is_heard`` says whether a hook wants incidents of a type.
+    """
     wanted = sorted(user_ids)
     if not wanted:
         return
@@ -56,7 +61,7 @@ async def project_users(engine: Engine, user_ids: Iterable[str], now: datetime, 
         held = list(group)
         snapshots = {row["subscription_id"]: Mirrored.from_row(row).snapshot for row in held if row["subscription_id"]}
         await _write(engine, user_id, held, project(snapshots.values(), now, policy))
-        await note_incidents(engine, user_id, snapshots.values(), set(held[0]["incidents"]), now)
+        await note_incidents(engine, user_id, snapshots.values(), set(held[0]["incidents"]), now, is_heard)
 
 
 async def _write(engine: Engine, user_id: str, held: Sequence[asyncpg.Record], projection: Projection | None) -> None:

@@ -27,10 +27,11 @@ from kitrocket.errors import (
     WebhookNotFoundError,
     WebhookPayloadError,
 )
-from kitrocket.models import Access, RetryResult, Subscription, WebhookOutcome, WebhookReceipt
+from kitrocket.models import Access, RetryResult, StoredWebhook, Subscription, WebhookOutcome, WebhookReceipt
 from kitrocket.sql import statements
 from kitrocket.subscriptions.applying import Applier
-from kitrocket.subscriptions.inbox import FINISHED, Inbox, Stored, Verdict, digest_of
+from kitrocket.subscriptions.hooks import H, Hooks
+from kitrocket.subscriptions.inbox import FINISHED, Inbox, Stored, Verdict, digest_of, pause_after
 from kitrocket.subscriptions.mirror import Mirrored
 from kitrocket.subscriptions.rows import subscription_from_row
 
@@ -43,6 +44,8 @@ _log = logging.getLogger("kitrocket.subscriptions")
 _PAUSES = (0.02, 0.1, 0.0)
 #: All attempts together; the provider gives up after 15 s.
 _TOTAL = timedelta(seconds=9)
+#: How often the background work looks for payloads that were kept long enough.
+_PURGE_EVERY = timedelta(hours=1)
 _LOCK, _STATEMENT = timedelta(seconds=2), timedelta(seconds=3)
 
 
@@ -54,7 +57,8 @@ class SubscriptionService:
     name the user. ``honour_paid_period`` says whether an immediate cancellation keeps the time that was paid for;
     ``past_due_days`` is the grace when the provider gives no deadline, ``renewal_leeway_hours`` the wait for a renewal
     to be confirmed; ``dispute_policy="suspend"`` denies access while a dispute is open. ``max_bytes`` is the largest
-    body; an event that could not be applied ``max_attempts`` times is left alone.
+    body; an event that could not be applied ``max_attempts`` times is left alone. A payload is kept ``retention_days``
+    after its event finished, twice as long where it never did.
 
     A key that cannot be one and a product with an unknown plan raise :class:`ConfigurationError`.
     """
@@ -74,6 +78,7 @@ class SubscriptionService:
         dispute_policy: Literal["flag", "suspend"] = "flag",
         max_bytes: int = 2_097_152,
         max_attempts: int = 8,
+        retention_days: int = 90,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         unknown = sorted(set((products or {}).values()) - set(plans))
@@ -92,8 +97,22 @@ class SubscriptionService:
             dispute_policy=dispute_policy,
         )
         self._verifier = Verifier(webhook_keys, max_bytes=max_bytes)
-        self._inbox = Inbox(engine, user_keys=user_keys, jitter=jitter)
-        self._applier = Applier(engine, products=dict(products or {}), user_keys=tuple(user_keys), policy=self._policy)
+        self._retention = timedelta(days=retention_days)
+        self._purged_at: datetime | None = None
+
+        def pause(attempts: int) -> timedelta:
+            return pause_after(attempts, jitter())
+
+        self._hooks = Hooks(engine, max_attempts=max_attempts, pause=pause)
+        is_heard = self._hooks.listen_to
+        self._inbox = Inbox(engine, user_keys=user_keys, pause=pause, is_heard=is_heard)
+        self._applier = Applier(
+            engine,
+            products=dict(products or {}),
+            user_keys=tuple(user_keys),
+            policy=self._policy,
+            is_heard=is_heard,
+        )
 
     async def receive(self, body: bytes, headers: Mapping[str, str]) -> WebhookReceipt:
         """Verify a delivery, store it, apply it, commit; then say what became of it.
@@ -105,6 +124,8 @@ class SubscriptionService:
         now = self._clock()
         delivery = self._verifier.verify(body, headers, now=now)
         outcome = await self._persist(partial(self._receive, delivery, now))
+        if outcome in FINISHED:
+            self._hooks.wake()
         return WebhookReceipt(webhook_id=delivery.webhook_id, type=delivery.event.type, outcome=outcome)
 
     async def get(self, user_id: str) -> Subscription | None:
@@ -156,10 +177,36 @@ class SubscriptionService:
         found: bool = await self._engine.fetchval(_SQL["had_trial"], inputs.identifier("user_id", user_id))
         return found
 
-    async def retry_parked(self) -> RetryResult:
+    def on(self, *types: str) -> Callable[[H], H]:
+        """Register an async function that is told of events: ``@kit.subscriptions.on("payment.failed")``.
+
+        A type is one of the provider's, ``"subscription.*"``, ``"incident.double_billing"``, or ``"*"``. The function
+        gets a :class:`~kitrocket.models.BillingEvent`, at least once for each event that was applied, stale or
+        ignored, after the commit and outside of transactions; what raises is told again, after pauses,
+        ``max_attempts`` times. Register in the process that receives: an event that no function wants when it is
+        stored is not kept for one.
+
+        Raises :class:`InvalidInputError` for what is no type and for a function that is not async.
+        """
+        return self._hooks.on(*types)
+
+    async def run_hooks(self) -> int:
+        """Tell the registered functions what waits for them; return how many events and incidents they were told.
+
+        An open kit does this in the background, soon after each commit; :meth:`retry_parked` does it too.
+        """
+        return (await self._hooks.run_due(self._clock)).done
+
+    async def hooks_due(self, seconds: float) -> None:
+        """Wait until this process has committed something for :meth:`run_hooks`, at most so many seconds."""
+        await self._hooks.until_woken(seconds)
+
+    async def retry_parked(self, *, on_progress: Callable[[int, int], object] | None = None) -> RetryResult:
         """Try again what could not be applied: what is due, and what waited for a user, payment, product or status
-        that is known by now, dead or not; then bring the rows up to date that time alone has changed, such as a
-        scheduled cancellation that came. Each is a transaction of its own; several processes share the work.
+        that is known by now, dead or not. Then bring the rows up to date that time alone has changed, such as a
+        scheduled cancellation that came, tell the hooks, and once an hour take out the payloads that were kept long
+        enough. Each event is a transaction of its own; several processes share the work. ``on_progress`` is called
+        with how many events were tried, and of how many.
         """
         now = self._clock()
         due = await self._inbox.to_retry(now)
@@ -168,27 +215,84 @@ class SubscriptionService:
             for webhook_id, payload in await self._inbox.of_unknown_kind()
             if self._applier.problem_with(read_event(payload)) is None
         ]
-        states = [
-            await self._persist(partial(self._retry, webhook_id, now)) for webhook_id in dict.fromkeys([*due, *known])
-        ]
-        tried = [state for state in states if state is not None]
-        finished = sum(state in FINISHED for state in tried)
+        wanted = list(dict.fromkeys([*due, *known]))
+        tried: list[str] = []
+        for number, webhook_id in enumerate(wanted, 1):
+            state = await self._persist(partial(self._retry, webhook_id, now))
+            tried += [state] if state is not None else []
+            if on_progress is not None:
+                on_progress(number, len(wanted))
         reprojected = [
             await self._persist(partial(self._reproject, subscription_id, now))
             for subscription_id in await self._applier.due(now)
         ]
         return RetryResult(
-            tried=len(tried), finished=finished, dead=tried.count("dead"), reprojected=reprojected.count(True)
+            tried=len(tried),
+            finished=sum(state in FINISHED for state in tried),
+            dead=tried.count("dead"),
+            reprojected=reprojected.count(True),
+            told=await self.run_hooks(),
+            purged=await self._purge_hourly(now),
         )
 
-    async def replay(self, webhook_id: str) -> WebhookReceipt:
+    async def replay(self, webhook_id: str, *, hooks: bool = False) -> WebhookReceipt:
         """Send a stored event down the same path again, and write its user's row anew.
+
+        With ``hooks`` the functions that want it are told once more.
 
         Raises :class:`WebhookNotFoundError` for an unknown id and :class:`WebhookPayloadError` when the payload is
         no longer kept.
         """
         now = self._clock()
-        return await self._persist(partial(self._replay, inputs.identifier("webhook_id", webhook_id), now))
+        receipt = await self._persist(partial(self._replay, inputs.identifier("webhook_id", webhook_id), now, hooks))
+        self._hooks.wake()
+        return receipt
+
+    async def purge(self) -> int:
+        """Take out the payloads that were kept long enough, or whose user was deleted; return how many that were.
+
+        Ids, types, hashes, states and times stay, so that a late delivery is still a duplicate.
+        """
+        return await self._inbox.purge(self._clock(), self._retention)
+
+    async def list_webhooks(
+        self,
+        *,
+        states: Sequence[str] | None = None,
+        reasons: Sequence[str] | None = None,
+        subscription_id: str | None = None,
+        user_id: str | None = None,
+        hook_states: Sequence[str] | None = None,
+        limit: int = 100,
+    ) -> Sequence[StoredWebhook]:
+        """Return stored events, newest first, without their payloads.
+
+        Raises :class:`InvalidInputError`.
+        """
+        for field, names in (("states", states), ("reasons", reasons), ("hook_states", hook_states)):
+            for name in names or ():
+                inputs.identifier(field, name)
+        for field, id in (("subscription_id", subscription_id), ("user_id", user_id)):
+            if id is not None:
+                inputs.identifier(field, id)
+        return await self._inbox.list(
+            states=states,
+            reasons=reasons,
+            subscription_id=subscription_id,
+            user_id=user_id,
+            hook_states=hook_states,
+            limit=inputs.whole_number("limit", limit, min=1, max=10_000),
+        )
+
+    async def get_webhook(self, webhook_id: str) -> StoredWebhook | None:
+        """Return a stored event without its payload, or ``None``."""
+        return await self._inbox.show(inputs.identifier("webhook_id", webhook_id))
+
+    async def _purge_hourly(self, now: datetime) -> int:
+        if self._purged_at is not None and now - self._purged_at < _PURGE_EVERY:
+            return 0
+        self._purged_at = now
+        return await self._inbox.purge(now, self._retention)
 
     # -- one transaction each -------------------------------------------------------------------------------------
 
@@ -240,7 +344,7 @@ class SubscriptionService:
         async with self._transaction():
             return await self._applier.reproject(subscription_id, now)
 
-    async def _replay(self, webhook_id: str, now: datetime) -> WebhookReceipt:
+    async def _replay(self, webhook_id: str, now: datetime, hooks: bool) -> WebhookReceipt:
         async with self._transaction():
             stored = await self._inbox.wait_for(webhook_id)
             if stored is None:
@@ -248,7 +352,7 @@ class SubscriptionService:
             if stored.payload is None:
                 raise WebhookPayloadError("payload_purged")
             verdict = await self._apply(read_event(stored.payload), stored, now, again=True)
-            await self._inbox.settle(stored, verdict, now)
+            await self._inbox.settle(stored, verdict, now, hooks=hooks)
         return WebhookReceipt(webhook_id=webhook_id, type=stored.type, outcome=verdict.outcome)
 
     async def _apply(self, event: Event, stored: Stored, now: datetime, *, again: bool = False) -> Verdict:

@@ -28,6 +28,7 @@ from kitrocket.tables import Users
 from kitrocket.users.credentials import Credentials, reset_state
 
 _SQL = statements("users")
+_WEBHOOKS = statements("webhooks")
 
 
 class Omitted(enum.Enum):
@@ -170,8 +171,13 @@ class UserService:
 
         async def remove() -> DeletedUser:
             async with self._engine.transaction():
+                # Locks have one order everywhere: events of the inbox by id, the user's subscriptions, the user.
+                events = await self._engine.fetch(_WEBHOOKS["lock_events_of_user"], user_id)
+                await self._engine.fetch(_WEBHOOKS["lock_user"], user_id)
                 if await self._engine.fetchrow(_SQL["lock_user_to_delete"], user_id) is None:
                     raise UserNotFoundError(user_id)
+                if events:
+                    await self._engine.fetch(_WEBHOOKS["clear_events"], [row["webhook_id"] for row in events])
                 counts = await self._engine.fetchrow(_SQL["count_rows_of_user"], user_id)
                 assert counts is not None
                 await self._engine.fetch(_SQL["delete_user"], user_id)
