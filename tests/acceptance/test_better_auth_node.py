@@ -21,6 +21,8 @@ from kitrocket.better_auth import SESSIONS_CREATED_AT, migrate_better_auth
 from kitrocket.clock import utc_now
 from kitrocket.ddl import SEED_INDEXES
 from kitrocket.engine import Engine
+from kitrocket.errors import EmailTakenError
+from kitrocket.inputs import email, normalised_email
 from kitrocket.kit import KitRocket
 from kitrocket.migrations import find_exposed, protect
 from kitrocket.settings import Settings
@@ -91,6 +93,40 @@ async def test_who_signed_up_here_signs_in_there(kit: KitRocket, address: str) -
         again = await browser.post("/sign-up/email", email=EMAIL, name="Other", password=PASSWORD)
         assert again.status_code == 422
     assert (await kit.sessions.validate(answer.json()["token"])) is not None
+
+
+async def test_an_address_is_stored_in_one_form_by_both(kit: KitRocket, address: str, engine: Engine) -> None:
+    before = [
+        "ada@example.com",
+        "Grace@example.com",
+        "ALAN@EXAMPLE.COM",
+        "barbara@Example.Com",
+        "Ken+Unix@example.com",
+        "dennis.ritchie@example.com",
+        "D.Knuth@example.com",
+        "d.e.k@example.com",
+        "a@b.co",
+        "X@Y.io",
+        "1@example.com",
+        "007@MI6.example",
+        "under_score@example.com",
+        "dash-ed@exa-mple.com",
+        "apo'strophe@example.com",
+        "Sub@mail.Dept.example.com",
+        "plus+plus+plus@example.com",
+        "i@example.com",
+        "I.I@example.com",
+        "mixedCASE123@Example.ORG",
+    ]
+    async with Browser(address) as browser:
+        for number, text in enumerate(before):
+            answer = await browser.post("/sign-up/email", email=text, name="A", password="correct horse")
+            assert answer.status_code == 200, text
+            stored = await engine.fetchval("SELECT email FROM users WHERE id = $1", answer.json()["user"]["id"])
+            assert stored == normalised_email(text) == email("email", text)
+            with pytest.raises(EmailTakenError):
+                await kit.users.create(email=text.swapcase(), name="B")
+            assert await engine.fetchval("SELECT count(*) FROM users") == number + 1
 
 
 async def test_a_password_from_before_is_nothing_there(kit: KitRocket, address: str, engine: Engine) -> None:
