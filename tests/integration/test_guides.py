@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ async def run_page(page: str, names: dict[str, Any]) -> None:
 
 async def test_the_page_on_users(engine: Engine, clock: ManualClock) -> None:
     settings = Settings(secret="s" * 32)
-    names: dict[str, Any] = {"kit": KitRocket(settings, engine=engine, clock=clock, background=False)}
+
+    def ticking() -> datetime:
+        return clock.advance(timedelta(milliseconds=1))  # rows made one after another have an order
+
+    names: dict[str, Any] = {"kit": KitRocket(settings, engine=engine, clock=ticking, background=False)}
     await run_page("users.md", names)
     assert (names["user"].email, names["user"].email_verified) == ("lovelace@example.com", None)
     assert names["found"].outcome == "created"
