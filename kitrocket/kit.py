@@ -21,7 +21,7 @@ from kitrocket.cookies import SessionCookie
 from kitrocket.engine import Engine, choose_conf
 from kitrocket.maintenance import run_every
 from kitrocket.migrations import check, migrate
-from kitrocket.models import IssuedSession, SweepResult
+from kitrocket.models import IssuedSession, PruneResult, SweepResult
 from kitrocket.rotation import Rotation
 from kitrocket.sessions import SessionService
 from kitrocket.settings import Settings
@@ -128,6 +128,7 @@ class KitRocket:
             clock=clock,
             queue_size=self.settings.usage_queue_size,
             linger=self.settings.usage_linger,
+            rollup=self.settings.usage_rollup,
         )
 
     async def __aenter__(self) -> Self:
@@ -199,6 +200,13 @@ class KitRocket:
             group.start_soon(
                 run_every, "retry webhooks", self.subscriptions.retry_parked, self.settings.webhook_retry_interval
             )
+            if self.settings.usage_retention is not None:
+                group.start_soon(run_every, "prune usage", self._prune, self.settings.usage_prune_interval)
+
+    async def _prune(self) -> PruneResult:
+        retention = self.settings.usage_retention
+        assert retention is not None
+        return await self.usage.prune(self.clock() - retention, budget=_SWEEP_BUDGET)
 
     async def _sweep(self) -> SweepResult:
         return await self.sessions.delete_expired(budget=_SWEEP_BUDGET)

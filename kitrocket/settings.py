@@ -109,10 +109,16 @@ class Settings(BaseSettings):
     webhook_retry_interval: timedelta = timedelta(seconds=60)
     webhook_retention_days: int = Field(default=90, ge=1)
 
+    #: Whether sums are read from the daily sums that triggers keep; off where there are no triggers, as on Citus.
+    usage_rollup: bool = True
+    #: How long single calls are kept, at least 35 days; ``None``: for ever. Their daily sums stay.
+    usage_retention: timedelta | None = Field(default=None, ge=timedelta(days=35))
+    #: How often older calls are deleted; zero: never.
+    usage_prune_interval: timedelta = timedelta(hours=1)
     #: How many calls may wait to be recorded before their callers have to wait too.
     usage_queue_size: int = Field(default=10_000, ge=1)
     #: How long a call waits for others to share its commit; zero: only while another commit runs.
-    usage_linger: timedelta = Field(default=timedelta(0), ge=timedelta(0), le=timedelta(seconds=10))
+    usage_linger: timedelta = Field(default=timedelta(0), ge=timedelta(0), le=timedelta(seconds=60))
 
     #: Where staff log in to the Studio; only these host names are answered. Empty: any.
     studio_hosts: Annotated[list[str], NoDecode] = []
@@ -144,6 +150,8 @@ class Settings(BaseSettings):
         "session_sweep_interval",
         "webhook_retry_interval",
         "usage_linger",
+        "usage_retention",
+        "usage_prune_interval",
         mode="before",
     )
     @classmethod
@@ -162,6 +170,8 @@ class Settings(BaseSettings):
             raise ValueError("session_update_age must be shorter than session_ttl")
         if self.secret is not None and len(self.secret.get_secret_value().encode(errors="surrogatepass")) < 32:
             raise ValueError("secret must have at least 32 bytes")
+        if self.usage_retention is not None and not self.usage_rollup:
+            raise ValueError("usage_retention needs usage_rollup: the daily sums outlive the calls")
         unknown = sorted(set(self.dodo_products.values()) - set(self.plans))
         if unknown:
             raise ValueError(f"dodo_products names plans that are not in plans: {', '.join(unknown)}")

@@ -14,6 +14,7 @@ from kitrocket.migrations.forwards import (
     Report,
     applied,
     create_history,
+    fill,
     forwards,
     modules_of,
     note,
@@ -143,7 +144,9 @@ async def adopt(engine: Engine, *, report: Report | None = None) -> list[str]:
             for module in standing:
                 await note(connection, APP, module.ID)
                 tell(f"already there {module.ID}: {module.DESCRIPTION}")
-        return await forwards(connection, APP, modules, tell)
+        done_now = await forwards(connection, APP, modules, tell)
+    await fill(engine, report)
+    return done_now
 
 
 async def is_foreign(engine: Engine) -> bool:

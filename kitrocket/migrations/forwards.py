@@ -22,6 +22,7 @@ from kitrocket import piccolo_migrations
 from kitrocket.ddl import LOCK_TIMEOUT, STATEMENT_LIMIT, ConcurrentIndex, Connection, lending
 from kitrocket.engine import Engine, choose_conf, translated
 from kitrocket.errors import ConfigurationError, MigrationError, SchemaMismatchError, SchemaNotMigratedError
+from kitrocket.rollup import backfill, is_complete
 
 #: Told a line about each thing that was done or waited for.
 Report = Callable[[str], None]
@@ -57,7 +58,9 @@ async def migrate(engine: Engine, *, report: Report | None = None) -> list[str]:
     again goes on from there. Raises :class:`SchemaMismatchError`, and changes nothing, when rows are in the way of a
     unique index.
     """
-    return await migrate_app(engine, APP, piccolo_migrations, report=report)
+    done = await migrate_app(engine, APP, piccolo_migrations, report=report)
+    await fill(engine, report)
+    return done
 
 
 async def migrate_app(engine: Engine, app: str, package: ModuleType, *, report: Report | None = None) -> list[str]:
@@ -68,6 +71,12 @@ async def migrate_app(engine: Engine, app: str, package: ModuleType, *, report: 
     tell = report or silence
     async with turn(engine, tell) as connection:
         return await forwards(connection, app, modules, tell)
+
+
+async def fill(engine: Engine, report: Report | None) -> None:
+    """Sum the usage that was there before the rollup was. The migration leaves it, lest writers wait."""
+    if not await is_complete(engine):
+        await backfill(engine, report=report)
 
 
 def modules_of(package: ModuleType) -> dict[str, ModuleType]:

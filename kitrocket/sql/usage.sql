@@ -1,7 +1,12 @@
 -- Every sum ends in ::bigint, so that it arrives as an int whatever it was summed from.
 -- A window is since <= created_at < until; an until of NULL has no upper bound ('infinity' keeps it an index condition).
--- The reads take the window from single rows through usage_user_created_idx; where whole UTC days are kept summed
--- elsewhere, they join the named arm "calls" and the rest of a statement stays as it is.
+-- Each read stands here twice. The plain one takes the window from single rows, through usage_user_created_idx. The
+-- one called _rolled takes whole UTC days from kitrocket.usage_daily and single rows for the edges of the window and for
+-- days before the rollup is complete; in one statement, so in one snapshot. Its "edges" are:
+--   first <= day < last      whole days, from the rollup
+--   since <= t < first       single rows
+--   last <= t < until        single rows
+-- Without a whole day first and last are both until. It answers with raw_from too, before which an edge is not exact.
 
 -- name: insert
 -- Record a batch; a row whose id is there already is left out, and so is its id from the answer.
@@ -38,6 +43,50 @@ WITH calls AS (
 SELECT coalesce(sum(tokens), 0)::bigint AS tokens
 FROM calls;
 
+-- name: total_rolled
+-- Sum a user's tokens in a window.
+-- $1 user, $2 since, $3 until or NULL, $4 model or NULL for all.
+WITH edges AS (
+    SELECT raw_from,
+           until,
+           CASE WHEN first < last THEN first ELSE until END AS first,
+           CASE WHEN first < last THEN last ELSE until END AS last
+    FROM (
+        SELECT coalesce(state.raw_from, '-infinity') AS raw_from,
+               coalesce($3::timestamp, 'infinity') AS until,
+               greatest(
+                   ($2::timestamp + interval '1 day' - interval '1 microsecond')::date,
+                   coalesce(state.rollup_from, 'infinity')
+               ) AS first,
+               coalesce($3::timestamp, 'infinity')::date AS last
+        FROM (SELECT true) AS always
+        LEFT JOIN kitrocket.usage_state AS state ON true
+    ) AS whole
+), calls AS (
+    SELECT tokens
+    FROM kitrocket.usage_daily
+    WHERE user_id = $1
+      AND day >= (SELECT first FROM edges)
+      AND day < (SELECT last FROM edges)
+      AND ($4::text IS NULL OR model = $4)
+    UNION ALL
+    SELECT tokens_used
+    FROM usage
+    WHERE user_id = $1
+      AND created_at >= $2::timestamp
+      AND created_at < (SELECT first FROM edges)
+      AND ($4::text IS NULL OR model = $4)
+    UNION ALL
+    SELECT tokens_used
+    FROM usage
+    WHERE user_id = $1
+      AND created_at >= (SELECT last FROM edges)
+      AND created_at < (SELECT until FROM edges)
+      AND ($4::text IS NULL OR model = $4)
+)
+SELECT coalesce(sum(tokens), 0)::bigint AS tokens, (SELECT raw_from FROM edges) AS raw_from
+FROM calls;
+
 -- name: by_time
 -- Sum a user's tokens and count the calls by bucket, numbered from 1; a bucket without a call has no row.
 -- $1 user, $2 since, $3 until or NULL, $4 the buckets' beginnings, ascending, the first of them since.
@@ -51,6 +100,54 @@ WITH calls AS (
 SELECT width_bucket(created_at, $4::timestamp[]) AS bucket, sum(tokens)::bigint AS tokens, count(*) AS calls
 FROM calls
 GROUP BY bucket
+ORDER BY bucket;
+
+-- name: by_time_rolled
+-- Sum a user's tokens and count the calls by bucket, numbered from 1. At least one row; without a call it is empty.
+-- $1 user, $2 since, $3 until or NULL, $4 the buckets' beginnings: since, then UTC midnights, ascending.
+WITH edges AS (
+    SELECT raw_from,
+           until,
+           CASE WHEN first < last THEN first ELSE until END AS first,
+           CASE WHEN first < last THEN last ELSE until END AS last
+    FROM (
+        SELECT coalesce(state.raw_from, '-infinity') AS raw_from,
+               coalesce($3::timestamp, 'infinity') AS until,
+               greatest(
+                   ($2::timestamp + interval '1 day' - interval '1 microsecond')::date,
+                   coalesce(state.rollup_from, 'infinity')
+               ) AS first,
+               coalesce($3::timestamp, 'infinity')::date AS last
+        FROM (SELECT true) AS always
+        LEFT JOIN kitrocket.usage_state AS state ON true
+    ) AS whole
+), calls AS (
+    SELECT day::timestamp AS at, tokens, calls
+    FROM kitrocket.usage_daily
+    WHERE user_id = $1
+      AND day >= (SELECT first FROM edges)
+      AND day < (SELECT last FROM edges)
+    UNION ALL
+    SELECT created_at, tokens_used, 1
+    FROM usage
+    WHERE user_id = $1
+      AND created_at >= $2::timestamp
+      AND created_at < (SELECT first FROM edges)
+    UNION ALL
+    SELECT created_at, tokens_used, 1
+    FROM usage
+    WHERE user_id = $1
+      AND created_at >= (SELECT last FROM edges)
+      AND created_at < (SELECT until FROM edges)
+)
+SELECT edges.raw_from, sums.*
+FROM edges
+LEFT JOIN (
+    SELECT width_bucket(at, $4::timestamp[]) AS bucket, sum(tokens)::bigint AS tokens, sum(calls)::bigint AS calls
+    FROM calls
+    GROUP BY bucket
+    HAVING sum(calls) <> 0
+) AS sums ON true
 ORDER BY bucket;
 
 -- name: by_model
@@ -68,6 +165,54 @@ FROM calls
 GROUP BY model
 ORDER BY tokens DESC, model COLLATE "C";
 
+-- name: by_model_rolled
+-- Sum a user's tokens and count the calls by model, the largest sum first. At least one row; without a call it is empty.
+-- $1 user, $2 since, $3 until or NULL.
+WITH edges AS (
+    SELECT raw_from,
+           until,
+           CASE WHEN first < last THEN first ELSE until END AS first,
+           CASE WHEN first < last THEN last ELSE until END AS last
+    FROM (
+        SELECT coalesce(state.raw_from, '-infinity') AS raw_from,
+               coalesce($3::timestamp, 'infinity') AS until,
+               greatest(
+                   ($2::timestamp + interval '1 day' - interval '1 microsecond')::date,
+                   coalesce(state.rollup_from, 'infinity')
+               ) AS first,
+               coalesce($3::timestamp, 'infinity')::date AS last
+        FROM (SELECT true) AS always
+        LEFT JOIN kitrocket.usage_state AS state ON true
+    ) AS whole
+), calls AS (
+    SELECT model, tokens, calls
+    FROM kitrocket.usage_daily
+    WHERE user_id = $1
+      AND day >= (SELECT first FROM edges)
+      AND day < (SELECT last FROM edges)
+    UNION ALL
+    SELECT model, tokens_used, 1
+    FROM usage
+    WHERE user_id = $1
+      AND created_at >= $2::timestamp
+      AND created_at < (SELECT first FROM edges)
+    UNION ALL
+    SELECT model, tokens_used, 1
+    FROM usage
+    WHERE user_id = $1
+      AND created_at >= (SELECT last FROM edges)
+      AND created_at < (SELECT until FROM edges)
+)
+SELECT edges.raw_from, sums.*
+FROM edges
+LEFT JOIN (
+    SELECT model, sum(tokens)::bigint AS tokens, sum(calls)::bigint AS calls
+    FROM calls
+    GROUP BY model
+    HAVING sum(calls) <> 0
+) AS sums ON true
+ORDER BY tokens DESC, model COLLATE "C";
+
 -- name: top_users
 -- List the users with the largest sums in a window.
 -- $1 since, $2 until or NULL, $3 how many.
@@ -82,3 +227,50 @@ FROM calls
 GROUP BY user_id
 ORDER BY tokens DESC, user_id COLLATE "C"
 LIMIT $3::bigint;
+
+-- name: top_users_rolled
+-- List the users with the largest sums in a window. At least one row; without a call it is empty.
+-- $1 since, $2 until or NULL, $3 how many.
+WITH edges AS (
+    SELECT raw_from,
+           until,
+           CASE WHEN first < last THEN first ELSE until END AS first,
+           CASE WHEN first < last THEN last ELSE until END AS last
+    FROM (
+        SELECT coalesce(state.raw_from, '-infinity') AS raw_from,
+               coalesce($2::timestamp, 'infinity') AS until,
+               greatest(
+                   ($1::timestamp + interval '1 day' - interval '1 microsecond')::date,
+                   coalesce(state.rollup_from, 'infinity')
+               ) AS first,
+               coalesce($2::timestamp, 'infinity')::date AS last
+        FROM (SELECT true) AS always
+        LEFT JOIN kitrocket.usage_state AS state ON true
+    ) AS whole
+), calls AS (
+    SELECT user_id, tokens, calls
+    FROM kitrocket.usage_daily
+    WHERE day >= (SELECT first FROM edges)
+      AND day < (SELECT last FROM edges)
+    UNION ALL
+    SELECT user_id, tokens_used, 1
+    FROM usage
+    WHERE created_at >= $1::timestamp
+      AND created_at < (SELECT first FROM edges)
+    UNION ALL
+    SELECT user_id, tokens_used, 1
+    FROM usage
+    WHERE created_at >= (SELECT last FROM edges)
+      AND created_at < (SELECT until FROM edges)
+)
+SELECT edges.raw_from, sums.*
+FROM edges
+LEFT JOIN (
+    SELECT user_id, sum(tokens)::bigint AS tokens, sum(calls)::bigint AS calls
+    FROM calls
+    GROUP BY user_id
+    HAVING sum(calls) <> 0
+    ORDER BY tokens DESC, user_id COLLATE "C"
+    LIMIT $3::bigint
+) AS sums ON true
+ORDER BY tokens DESC, user_id COLLATE "C";

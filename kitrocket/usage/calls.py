@@ -17,6 +17,8 @@ from kitrocket.models import UsageEntry
 
 #: How far ahead of the clock a call may be dated: clocks of several machines differ a little.
 FUTURE_LIMIT = timedelta(minutes=5)
+#: How old a call is that may lie in a day whose single rows were pruned. Pruning keeps at least a day.
+LATE_AFTER = timedelta(hours=12)
 
 _NAMES = frozenset(UsageEntry.model_fields)
 _REQUIRED = ("user_id", "tokens", "model")
@@ -24,7 +26,11 @@ _REQUIRED = ("user_id", "tokens", "model")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call as it is to be written. ``is_given`` says that the id is the caller's, so that it may be known already."""
+    """A call as it is to be written.
+
+    ``is_given`` says that the id is the caller's, so that it may be known already; ``is_late`` that the call may lie in
+    a pruned day. ``prefix`` stands before the names of its values in an error.
+    """
 
     id: str
     user_id: str
@@ -32,6 +38,8 @@ class Call:
     model: str
     at: datetime
     is_given: bool
+    is_late: bool
+    prefix: str
 
     def is_recorded_as(self, row: asyncpg.Record) -> bool:
         """Whether a row with this call's id is this call; its time need not be equal."""
@@ -56,6 +64,8 @@ def checked(
         id=new_usage_id(now) if id is None else label(f"{prefix}id", id),
         at=when,
         is_given=id is not None,
+        is_late=when < now - LATE_AFTER,
+        prefix=prefix,
     )
 
 

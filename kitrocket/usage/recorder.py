@@ -182,7 +182,7 @@ class Recorder:
             waiting.in_flight = True
         calls = [waiting.call for waiting in batch]
         try:
-            there = await self._engine.retry(lambda: self._writer.insert(lane, calls), idempotent=True)
+            there = await self._engine.retry(lambda: self._writer.flush(lane, calls), idempotent=True)
         except Exception as error:  # noqa: BLE001 - it is raised in each caller
             if len(batch) > 1 and _is_poison(error):
                 middle = (len(batch) + 1) // 2

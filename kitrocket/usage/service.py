@@ -9,18 +9,26 @@ from itertools import pairwise
 
 import asyncpg
 
-from kitrocket.clock import Clock, from_db, to_db, utc_now
+from kitrocket.clock import Clock, from_db, utc_now
 from kitrocket.engine import Engine
-from kitrocket.errors import InvalidInputError, UsageConflictError
-from kitrocket.inputs import flag, label, whole_number
-from kitrocket.models import RecordedUsage, TopUser, UsageBucket, UsageEntry, UsageRecord
-from kitrocket.sql import statements
+from kitrocket.errors import ConfigurationError, InvalidInputError, UsageConflictError
+from kitrocket.inputs import duration, flag, instant, label, whole_number
+from kitrocket.models import (
+    PruneResult,
+    RebuildResult,
+    RecordedUsage,
+    TopUser,
+    UsageBucket,
+    UsageEntry,
+    UsageRecord,
+    VerifyResult,
+)
 from kitrocket.usage.calls import Call, checked, read
 from kitrocket.usage.recorder import Owner, Recorder
+from kitrocket.usage.sums import Sums
+from kitrocket.usage.upkeep import midnight, prune, rebuild, verify
 from kitrocket.usage.writing import Writer
-from kitrocket.windows import Dimension, Window, bucket_starts, dimension, time_zone, window
-
-_SQL = statements("usage")
+from kitrocket.windows import Dimension, bucket_starts, dimension, time_zone, window
 
 
 class UsageService:
@@ -38,10 +46,13 @@ class UsageService:
         clock: Clock = utc_now,
         queue_size: int = 10_000,
         linger: timedelta = timedelta(0),
+        rollup: bool = True,
     ) -> None:
         self._engine = engine
         self._clock = clock
-        self._writer = Writer(engine)
+        self._rollup = rollup
+        self._sums = Sums(engine, rollup=rollup)
+        self._writer = Writer(engine, rollup=rollup)
         self._recorder = Recorder(engine, self._writer, queue_size=queue_size, linger=linger)
 
     # -- recording ----------------------------------------------------------------------------------------------
@@ -117,8 +128,7 @@ class UsageService:
         if model is not None:
             label("model", model)
         chosen = window(since=since, until=until, now=self._now())
-        rows = await self._fetch("total", user_id, *_bounds(chosen), model)
-        return int(rows[0]["tokens"])
+        return await self._sums.total(user_id, chosen, model)
 
     async def breakdown(
         self,
@@ -141,12 +151,12 @@ class UsageService:
         fill = flag("fill", fill)
         chosen = window(since=since, until=until, now=now)
         if grain == "model":
-            rows = await self._fetch("by_model", user_id, *_bounds(chosen))
+            rows = await self._sums.by_model(user_id, chosen)
             return [_bucket(chosen.since, chosen.until, row["model"], row) for row in rows]
         starts = bucket_starts(chosen, by=grain, zone=zone, now=now)
         if not starts:
             return []
-        rows = await self._fetch("by_time", user_id, *_bounds(chosen), [to_db(start) for start in starts])
+        rows = await self._sums.by_time(user_id, chosen, starts, in_utc_days=zone is UTC and grain != "hour")
         used = {row["bucket"]: row for row in rows}
         return [
             _bucket(start, end, None, used.get(number))
@@ -160,18 +170,51 @@ class UsageService:
         """Return the users with the most tokens in a window, most first; ``limit`` is 1 to 1,000."""
         whole_number("limit", limit, min=1, max=1000)
         chosen = window(since=since, until=until, now=self._now())
-        rows = await self._fetch("top_users", *_bounds(chosen), limit)
+        rows = await self._sums.top_users(chosen, limit)
         return [TopUser(user_id=row["user_id"], tokens=row["tokens"], calls=row["calls"]) for row in rows]
 
-    async def _fetch(self, name: str, *arguments: object) -> list[asyncpg.Record]:
-        return await self._engine.retry(lambda: self._engine.fetch(_SQL[name], *arguments), idempotent=True)
+    # -- upkeep -------------------------------------------------------------------------------------------------
+
+    async def verify(self) -> VerifyResult:
+        """Compare the daily sums with the single rows they were made of, and return how many keys differ.
+
+        In one snapshot, from the first day on that is summed and whose single rows are kept; it reads all of these.
+        """
+        self._want_rollup()
+        return await verify(self._engine)
+
+    async def rebuild(self, *, since: datetime) -> RebuildResult:
+        """Make the daily sums what the single rows say, from the UTC day of ``since`` on, and return what was wrong.
+
+        Beside any number of writers, a few keys at a time; not inside a transaction. Days whose single rows were
+        pruned are refused.
+        """
+        day = instant("since", since).date()
+        self._want_rollup()
+        return await rebuild(self._engine, day)
+
+    async def prune(self, before: datetime, *, batch_size: int = 5_000, budget: timedelta | None = None) -> PruneResult:
+        """Delete the single rows of the UTC days before the one of ``before``; their sums stay.
+
+        ``before`` is at least a day past. From then on calls of those days are refused, and so are windows that cut
+        into them. In batches, a transaction each; not inside a transaction. ``budget`` is when to stop, ``more`` says
+        that rows are left.
+        """
+        day = instant("before", before).date()
+        whole_number("batch_size", batch_size, min=1, max=100_000)
+        if budget is not None:
+            duration("budget", budget)
+        if midnight(day) > self._now() - timedelta(days=1):
+            raise InvalidInputError("before", "it is too recent", "a time at least a day before now")
+        self._want_rollup()
+        return await prune(self._engine, day, batch_size=batch_size, budget=budget)
+
+    def _want_rollup(self) -> None:
+        if not self._rollup:
+            raise ConfigurationError("usage_rollup is off, so there are no daily sums")
 
     def _now(self) -> datetime:
         return self._clock().astimezone(UTC)
-
-
-def _bounds(window: Window) -> tuple[datetime, datetime | None]:
-    return to_db(window.since), None if window.until is None else to_db(window.until)
 
 
 def _bucket(start: datetime, end: datetime | None, model: str | None, row: asyncpg.Record | None) -> UsageBucket:

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 import asyncpg
 
+from kitrocket.clock import to_db
 from kitrocket.engine import Engine
-from kitrocket.errors import DatabaseError, UsageConflictError
+from kitrocket.errors import DatabaseError, InvalidInputError, UsageConflictError
 from kitrocket.sql import statements
 from kitrocket.usage.calls import Call, columns
 
@@ -18,6 +19,7 @@ _BATCH = 50_000
 _ROUNDS = 5
 
 _SQL = statements("usage")
+_ROLLUP = statements("rollup")
 
 
 class Source(Protocol):
@@ -31,26 +33,53 @@ class Source(Protocol):
 class Writer:
     """Writes calls whose ids differ and ascend."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, rollup: bool) -> None:
         self._engine = engine
+        self._rollup = rollup
 
     async def write(self, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
         """Insert all calls or none, and return by id the rows that were there already.
 
-        In the running task's transaction if it has one. Raises :class:`UsageConflictError` and
-        :class:`UserNotFoundError`.
+        In the running task's transaction if it has one. Raises :class:`UsageConflictError`,
+        :class:`UserNotFoundError`, and :class:`InvalidInputError` for a call in a pruned day.
         """
 
         async def unit() -> dict[str, asyncpg.Record]:
-            if len(calls) == 1 and not self._engine.in_transaction():
+            if len(calls) == 1 and not self._engine.in_transaction() and not self._may_be_pruned(calls):
                 return await self._insert_or_refuse(calls)
             there: dict[str, asyncpg.Record] = {}
             async with self._engine.transaction():
+                await self._refuse_pruned(calls)
                 for start in range(0, len(calls), _BATCH):
                     there |= await self._insert_or_refuse(calls[start : start + _BATCH])
             return there
 
         return await self._engine.retry(unit, idempotent=True)
+
+    async def flush(self, lane: Source, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
+        """Insert what is new in one transaction of its own, and return as :meth:`insert`.
+
+        Raises :class:`InvalidInputError` when a call lies in a day whose single rows were pruned.
+        """
+        if not self._may_be_pruned(calls):
+            return await self.insert(lane, calls)
+        async with self._engine.transaction():
+            await self._refuse_pruned(calls)
+            return await self.insert(self._engine, calls)
+
+    def _may_be_pruned(self, calls: Sequence[Call]) -> bool:
+        return self._rollup and any(call.is_late for call in calls)
+
+    async def _refuse_pruned(self, calls: Sequence[Call]) -> None:
+        """Keep a call out of a pruned day: the ids that would prove it a repetition are gone."""
+        if not self._may_be_pruned(calls):
+            return
+        floor = await self._engine.fetchval(_ROLLUP["floor_held"])
+        for call in calls:
+            if floor is not None and call.is_late and to_db(call.at).date() < floor:
+                raise InvalidInputError(
+                    f"{call.prefix}at", "it lies in a day whose single calls were pruned", f"a time from {floor} on"
+                )
 
     async def _insert_or_refuse(self, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
         there = await self.insert(self._engine, calls)

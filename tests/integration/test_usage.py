@@ -438,7 +438,7 @@ async def test_the_monthly_total_is_one_statement(usage: UsageService, engine: E
         connection = transaction.connection
         with connection.query_logger(lambda query: seen.append(query.query)):
             assert await usage.total(user_id) == 3
-    assert seen == [SQL["total"]]
+    assert seen == [SQL["total_rolled"]]
 
 
 # -- breakdown ----------------------------------------------------------------------------------------------------
@@ -542,6 +542,7 @@ async def test_the_servers_time_zone_does_not_matter(server: Server, database: s
     try:
         assert await session.fetchval("SHOW timezone") == zone
         assert await session.fetchval(SQL["total"], user_id, to_db(since), None, None) == 2
+        assert await session.fetchval(SQL["total_rolled"], user_id, to_db(since), None, None) == 2
         bounds = [to_db(since), to_db(since + MICROSECOND)]
         by_time = await session.fetch(SQL["by_time"], user_id, to_db(since), None, bounds)
         assert [tuple(row) for row in by_time] == [(1, 1, 1), (2, 1, 1)]
