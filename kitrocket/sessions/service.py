@@ -123,8 +123,12 @@ class SessionService:
         ``node`` may name a replica, which can lag: a session revoked a moment ago may still be live there. When the
         database is away it is tried again for about 5 s, then :class:`DatabaseUnavailableError` is raised.
         """
-        if node is not None and refresh:
-            raise InvalidInputError("node", "a replica cannot refresh", "refresh=False with it")
+        if refresh is not True:
+            inputs.flag("refresh", refresh)
+        if node is not None:
+            inputs.identifier("node", node)
+            if refresh:
+                raise InvalidInputError("node", "a replica cannot refresh", "refresh=False with it")
         forms = self._possible_forms("token", token)
         if not forms:
             return None
@@ -144,7 +148,9 @@ class SessionService:
 
     def is_fresh(self, session: Session) -> bool:
         """Whether a session is young enough for what asks for a recent login."""
-        return not self._fresh_age or from_db(db_now(self._clock)) < session.created_at + self._fresh_age
+        if not isinstance(session, Session):
+            raise InvalidInputError("session", f"it is a {type(session).__name__}", "a Session")
+        return not self._fresh_age or from_db(db_now(self._clock)) - self._fresh_age < session.created_at
 
     def require_fresh(self, session: Session) -> None:
         """Raise :class:`SessionNotFreshError` unless a session :meth:`is_fresh`."""
@@ -190,7 +196,7 @@ class SessionService:
 
     async def revoke_all(self, user_id: str) -> int:
         """End every session of a user; return how many, expired ones included."""
-        return await self.revoke_many([user_id])
+        return await self.revoke_many([inputs.identifier("user_id", user_id)])
 
     async def revoke_many(self, user_ids: Iterable[str]) -> int:
         """End every session of many users in one statement; return how many, expired ones included."""
@@ -220,6 +226,7 @@ class SessionService:
         most = math.inf if limit is None else inputs.whole_number("limit", limit, min=1)
         inputs.whole_number("batch_size", batch_size, min=1, max=_BATCH_MAX)
         stop_at = anyio.current_time() + _seconds("budget", budget)
+        _check_report(report)
         oldest = self._outlived(now)
         deleted = batches = 0
         stopped = False
@@ -261,6 +268,7 @@ class SessionService:
         """
         inputs.whole_number("batch_size", batch_size, min=1, max=_BATCH_MAX)
         stop_at = anyio.current_time() + _seconds("budget", budget)
+        _check_report(report)
         if self._tokens == "plain":
             raise ConfigurationError(
                 "only plain tokens are accepted here, so digests would sign everyone out: set session_tokens to "
@@ -328,6 +336,11 @@ def _session_with_user(row: asyncpg.Record) -> SessionWithUser:
 
 def _seconds(field: str, budget: timedelta | None) -> float:
     return math.inf if budget is None else inputs.duration(field, budget).total_seconds()
+
+
+def _check_report(report: object) -> None:
+    if report is not None and not callable(report):
+        raise InvalidInputError("report", f"it is a {type(report).__name__}", "a function of one number")
 
 
 def _ip_address(value: str | None, *, network_only: bool) -> str | None:
