@@ -72,7 +72,7 @@ async def age(engine: Engine, by: timedelta) -> None:
 
 
 async def test_there_is_an_example_for_each_framework() -> None:
-    assert EXAMPLES == ["fastapi", "litestar", "starlette"]
+    assert EXAMPLES == ["blacksheep", "fastapi", "litestar", "starlette"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -160,7 +160,7 @@ async def test_other_scopes_pass_untouched(kit: KitRocket) -> None:
     assert seen == [{"type": "lifespan"}]
 
 
-@pytest.mark.parametrize("name", ["starlette", "fastapi", "litestar"])
+@pytest.mark.parametrize("name", ["starlette", "fastapi", "litestar", "blacksheep"])
 async def test_a_missing_framework_is_named_with_its_extra(name: str) -> None:
     code = f"import sys; sys.modules[{name!r}] = None; import kitrocket.integrations.{name}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
