@@ -13,7 +13,7 @@ import anyio.lowlevel
 import argon2
 import asyncpg
 import pytest
-from racing import together, until_someone_waits
+from racing import together, until_someone_waits, warm_up
 
 from factories import AT, make_account, make_mirror, make_session, make_subscription, make_usage, make_user
 from kitrocket.engine import Engine
@@ -132,8 +132,10 @@ async def test_a_fault_at_either_insert_leaves_nothing(users: UserService, engin
     assert await rows(engine, "users") == await rows(engine, "accounts") == 0
 
 
+@pytest.mark.usefixtures("cheap_hashes")
 async def test_of_many_who_want_one_address_one_gets_it(users: UserService, engine: Engine) -> None:
     spellings = ["ada@example.com", "Ada@Example.com", "ADA@EXAMPLE.COM", "aDA@example.COM"]
+    await warm_up(engine)
     answers = await together(
         [partial(users.create, email=email, name="Ada", password="correct horse") for email in spellings * 5]
     )
@@ -149,6 +151,7 @@ async def test_an_address_that_another_writer_stored_in_capitals_is_taken(users:
     assert "ada@example.com" not in f"{caught.value} {caught.value.__cause__}"
 
 
+@pytest.mark.usefixtures("cheap_hashes")
 async def test_a_taken_id(users: UserService, engine: Engine) -> None:
     taken = await make_user(engine)
     with pytest.raises(InvalidInputError) as caught:
@@ -157,6 +160,7 @@ async def test_a_taken_id(users: UserService, engine: Engine) -> None:
     assert await rows(engine, "users") == 1
 
 
+@pytest.mark.usefixtures("cheap_hashes")
 async def test_a_taken_address_spoils_no_outer_transaction(users: UserService, engine: Engine) -> None:
     async with engine.transaction():
         await users.create(email="ada@example.com", name="Ada")
@@ -398,6 +402,7 @@ async def test_everyone_costs_one_verification(
         assert verifications == [dummy]
 
 
+@pytest.mark.usefixtures("cheap_hashes")
 @pytest.mark.parametrize("junk", ["", "\0", "\ud800", "x" * 1_000_000, "no-at-sign"], ids=lambda text: ascii(text)[:12])
 async def test_a_junk_secret_is_ordinary_absence(users: UserService, junk: str) -> None:
     await users.create(email="ada@example.com", name="Ada", password="correct horse")
@@ -517,6 +522,7 @@ async def test_bad_input_is_one_error_and_changes_nothing(users: UserService, en
     assert await rows(engine, "accounts") == 0
 
 
+@pytest.mark.usefixtures("cheap_hashes")
 async def test_values_at_their_limits(users: UserService) -> None:
     email = "x" * 242 + "@example.com"
     user = await users.create(email=email, name="n" * 200, avatar="a" * 2048, id="i" * 255, password="p" * 128)
