@@ -6,7 +6,7 @@ import ipaddress
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from datetime import datetime, timedelta
 
 import anyio
@@ -350,10 +350,11 @@ def _ip_address(value: str | None, *, network_only: bool) -> str | None:
     expected = "an IPv4 or IPv6 address such as 203.0.113.7"
     if not isinstance(value, str):
         raise InvalidInputError("ip_address", f"it is a {type(value).__name__}", expected)
-    try:
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = None
+    with suppress(ValueError):  # it quotes the value, so it is left behind before ours is raised
         address = ipaddress.ip_address(value)
-    except ValueError:
-        raise InvalidInputError("ip_address", "it cannot be read", expected) from None
+    if address is None:
+        raise InvalidInputError("ip_address", "it cannot be read", expected)
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
     if address.ipv4_mapped is not None:
