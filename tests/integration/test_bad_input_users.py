@@ -95,6 +95,19 @@ CALLS: dict[str, dict[str, Any]] = {
 OPTIONAL = {"password", "avatar", "id", "keep", "name", "expires_at", "email", "access_token", "refresh_token"}
 OPTIONAL |= {"ip_address", "user_agent"}
 
+#: Arguments that are presented secrets: junk in them is ordinary absence.
+PRESENTED = {
+    *(
+        (name, field)
+        for name in ("users.authenticate", "users.authenticating", "sign_in")
+        for field in ("email", "password")
+    ),
+    *(("users.change_password", field) for field in ("current", "keep")),
+    ("users.change_email", "keep"),
+    ("users.verify_email", "token"),
+    ("users.reset_password", "token"),
+}
+
 SCRIPTS = "aZ09 @.-_$'\"\\/%;\n\tÀßéΩλЖяאبのかな漢字한글ไทยदेव\u0301\u200b\u202e\ufeff\ufffd😀\U0001d49c"
 TEXTS = st.text(st.characters(), max_size=300) | st.text(SCRIPTS, max_size=300)
 JUNK = (
@@ -170,6 +183,7 @@ async def try_junk(kit: KitRocket, name: str, good: dict[str, Any], field: str, 
         pass
     if isinstance(error, InvalidInputError):
         assert error.field == field, name
+        assert not ((name, field) in PRESENTED and isinstance(junk, str)), f"{name} tells junk in {field} from absence"
         assert not (isinstance(junk, str) and len(junk) > 300 and junk in f"{error} {error!r}")
     is_of_its_type = type(junk) is type(good[field]) or (junk is None and field in OPTIONAL)
     assert is_of_its_type or isinstance(error, InvalidInputError), f"{name} took {field} for something"
