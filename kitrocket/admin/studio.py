@@ -31,6 +31,7 @@ _NOTES = {
     "webhook_events": "Every verified delivery. Read-only: the payload is not shown.",
     "dodo_subscriptions": "The provider's newest snapshot of each subscription.",
     "dodo_payments": "The index of payments, with refunds and disputes.",
+    "billing_incidents": "What somebody should look at: open until it is over.",
 }
 _GROUPS: Mapping[str, tuple[type[Table], ...]] = {
     "People": (tables.Users, tables.Accounts, tables.Sessions),
@@ -38,7 +39,7 @@ _GROUPS: Mapping[str, tuple[type[Table], ...]] = {
     "Usage": (tables.Usage,),
 }
 #: What is newest first, where a table has no ``created_at``.
-_NEWEST_BY = {"webhook_events": "received_at"}
+_NEWEST_BY = {"webhook_events": "received_at", "billing_incidents": "opened_at"}
 #: Tables that people may edit; the others are read-only unless ``studio_allow_writes`` says otherwise.
 _EDITABLE = (tables.Users, tables.Subscriptions)
 
