@@ -109,6 +109,12 @@ async def test_without_a_refresh_token_it_serves_as_long_as_it_lives(
         assert caught.value.provider == "github"
 
 
+async def test_a_refresh_token_alone_brings_an_access_token(accounts: AccountService, engine: Engine) -> None:
+    for expires_at in (None, LATER):
+        user_id = await make_linked(engine, access_token=None, expires_at=expires_at)
+        assert await accounts.access_token(user_id, "github", refresh=Provider()) == "new"
+
+
 @pytest.mark.parametrize("answered", [None, "next"])
 async def test_the_answer_is_stored_and_an_old_refresh_token_stays(
     accounts: AccountService, engine: Engine, answered: str | None
