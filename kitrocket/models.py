@@ -9,7 +9,6 @@ Every datetime is timezone-aware, in UTC.
 from __future__ import annotations
 
 from datetime import date
-from datetime import date
 from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
@@ -271,42 +270,6 @@ class TopUser(Value):
     user_id: str
     tokens: int
     calls: int
-
-
-class UsageDrift(Value):
-    """A user's day and model whose daily sum is not what the single rows say: ``kept`` is what it is."""
-
-    user_id: str
-    day: date
-    model: str
-    tokens: int
-    calls: int
-    kept_tokens: int
-    kept_calls: int
-
-
-class VerifyResult(Value):
-    """How many days were compared and how many keys (user, day and model) differ, with up to 20 of them."""
-
-    days: int
-    drift: int
-    examples: list[UsageDrift]
-
-
-class RebuildResult(Value):
-    """How many days were recomputed, and how many keys (user, day and model) were wrong."""
-
-    days: int
-    corrected: int
-
-
-class PruneResult(Value):
-    """How many single rows were deleted. ``kept_from`` is from when on they are kept; ``more`` as in a sweep."""
-
-    deleted: int
-    batches: int
-    more: bool
-    kept_from: AwareDatetime
 
 
 class UsageDrift(Value):

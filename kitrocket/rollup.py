@@ -65,7 +65,7 @@ async def backfill(engine: Engine, *, report: Callable[[str], None] | None = Non
     state = await engine.fetchrow(_SQL["state"])
     if state is None or state["rollup_from"] == date.min:
         return 0
-    days = [row["day"] for row in await fetch_long(engine, _SQL["raw_days"], None)]
+    days = [row["day"] for row in await fetch_long(engine, _SQL["days"], state["raw_from"])]
     if days:
         # The triggers have counted whatever came to later days since they were made.
         await engine.fetch(_SQL["complete_from"], days[0] + timedelta(days=1))

@@ -13,15 +13,6 @@ SELECT raw_from
 FROM kitrocket.usage_state
 FOR SHARE;
 
--- name: raw_days
--- List the days that have calls, the newest first.
--- $1 the first day, NULL for all.
-SELECT DISTINCT created_at::date AS day
-FROM usage
-WHERE isfinite(created_at)
-  AND created_at >= coalesce($1::date, '-infinity')
-ORDER BY day DESC;
-
 -- name: days
 -- List the days that have calls or rows in the rollup, the newest first.
 -- $1 the first day.

