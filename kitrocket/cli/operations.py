@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
@@ -121,6 +122,64 @@ def report(
                 return
             buckets = await kit.usage.breakdown(user_id, by=by, since=since, until=now, tz=tz)
             _show(by, [(bucket.model or _stamp(bucket.start), bucket.tokens, bucket.calls) for bucket in buckets])
+
+    run(work)
+
+
+@usage.command()
+def verify() -> None:
+    """Compare the daily sums with the single calls they were made of. Exit code 1 when they differ."""
+
+    async def work() -> bool:
+        async with opened() as kit:
+            with remarks.status("comparing"):
+                result = await kit.usage.verify()
+        for drift in result.examples:
+            out.print(
+                f"{drift.day} {drift.user_id} {drift.model}: {drift.kept_tokens:,} tokens of {drift.kept_calls:,} "
+                f"call(s) are summed, {drift.tokens:,} of {drift.calls:,} are there"
+            )
+        out.print(f"{result.days:,} day(s) compared, {result.drift:,} sum(s) differ.")
+        return result.drift == 0
+
+    if not run(work):
+        sys.exit(1)
+
+
+@usage.command()
+def rebuild(
+    since: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"], help="The first day, in UTC.")],
+) -> None:
+    """Make the daily sums what the single calls say, beside whoever writes."""
+
+    async def work() -> None:
+        async with opened() as kit:
+            with remarks.status("rebuilding"):
+                result = await kit.usage.rebuild(since=since.replace(tzinfo=UTC))
+        out.print(f"{result.days:,} day(s) recomputed, {result.corrected:,} sum(s) were wrong.")
+
+    run(work)
+
+
+@usage.command()
+def prune(
+    before: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"], help="The first day that is kept, in UTC.")],
+    batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Rows in one transaction.")] = 5_000,
+) -> None:
+    """Delete the single calls of earlier days; their daily sums stay. Windows that cut into those days are refused."""
+
+    async def work() -> None:
+        deleted = 0
+        async with opened() as kit:
+            with remarks.status("pruning") as status:
+                more = True
+                while more:
+                    result = await kit.usage.prune(
+                        before.replace(tzinfo=UTC), batch_size=batch_size, budget=timedelta(seconds=1)
+                    )
+                    deleted, more = deleted + result.deleted, result.more
+                    status.update(f"pruning: {deleted:,} deleted")
+        out.print(f"Deleted {deleted:,} call(s); they are kept from {result.kept_from:%Y-%m-%d} on.")
 
     run(work)
 

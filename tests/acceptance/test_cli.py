@@ -45,7 +45,7 @@ async def test_help_names_every_command() -> None:
     for command, words in (
         ("db", ("migrate", "push", "adopt", "stop")),
         ("sessions", ("sweep", "digest")),
-        ("usage", ("report",)),
+        ("usage", ("report", "verify", "rebuild", "prune")),
     ):
         _, out, _ = await kitrocket(command, "--help")
         assert not [word for word in words if word not in out]
@@ -188,3 +188,24 @@ async def log_in(address: str, username: str, password: str) -> None:
         )
         assert answer.status_code == 200
         assert (await client.get("api/user/")).json()["username"] == username
+
+
+async def test_daily_sums_are_verified_rebuilt_and_outlive_pruned_calls(engine: Engine, database_url: str) -> None:
+    await factories.make_user(engine, id="ada")
+    await engine.fetch(
+        "INSERT INTO usage VALUES ('a', 'ada', 5, 'm', '2026-01-01'), ('b', 'ada', 6, 'm', '2026-01-03')"
+    )
+    code, out, _ = await kitrocket("usage", "verify", url=database_url)
+    assert (code, out) == (0, "2 day(s) compared, 0 sum(s) differ.\n")
+    await engine.fetch("UPDATE kitrocket.usage_daily SET tokens = 50 WHERE day = '2026-01-01'")
+    code, out, _ = await kitrocket("usage", "verify", url=database_url)
+    assert code == 1
+    assert out.startswith("2026-01-01 ada m: 50 tokens of 1 call(s) are summed, 5 of 1 are there\n")
+    code, out, _ = await kitrocket("usage", "rebuild", "--since", "2026-01-01", url=database_url)
+    assert (code, out) == (0, "2 day(s) recomputed, 1 sum(s) were wrong.\n")
+    code, out, _ = await kitrocket("usage", "prune", "--before", "2026-01-02", url=database_url)
+    assert (code, out) == (0, "Deleted 1 call(s); they are kept from 2026-01-02 on.\n")
+    code, _, err = await kitrocket("usage", "rebuild", "--since", "2026-01-01", url=database_url)
+    assert code == 1
+    assert "since" in err
+    assert await engine.fetchval("SELECT sum(tokens)::int FROM kitrocket.usage_daily") == 11
