@@ -1,0 +1,155 @@
+"""How fast usage is summed, beside the covering index alone and the seed's query on the seed's schema.
+
+    python benchmarks/usage_totals.py
+
+One embedded PostgreSQL holds 1.1 million calls of 40 days: 1,000 users with 600 calls each, and one with 500,000 in the
+last 30 days. The same calls stand in a table as the seed has it, without kitrocket's index. The rounds are
+interleaved; what is printed are medians of the ratios. All statements run prepared on one held connection.
+
+* rolled: whole UTC days from the daily sums, the edges from single calls, as ``usage.total`` and its siblings read.
+* index: the same answer from single calls through kitrocket's covering index, freshly vacuumed.
+* seed: the seed's second query, on the seed's schema.
+
+It exits with 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from kitrocket.clock import to_db, utc_now
+from kitrocket.embedded import EmbeddedServer
+from kitrocket.engine import Engine
+from kitrocket.migrations import migrate
+from kitrocket.sql import statements
+from kitrocket.windows import bucket_starts, window
+
+ROUNDS = 11
+SQL = statements("usage")
+SEED = "SELECT sum(tokens_used) AS tokens FROM seed.usage WHERE user_id = $1 AND created_at >= $2"
+CALLS = """
+INSERT INTO usage (id, user_id, tokens_used, model, created_at)
+SELECT 'c' || n, 'u' || n % 1000, n % 5000, 'm' || n % 3, $1::timestamp - random() * interval '40 days'
+  FROM generate_series(1, 600000) n
+UNION ALL
+SELECT 'h' || n, 'heavy', n % 5000, 'm' || n % 3, $1::timestamp - random() * interval '30 days'
+  FROM generate_series(1, 500000) n
+ ORDER BY 5
+"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """``name`` is asked in two ways, whose ratio is to be at least ``goal``."""
+
+    name: str
+    fast: str
+    fast_arguments: Sequence[Any]
+    slow: str
+    slow_arguments: Sequence[Any]
+    goal: float
+
+
+async def prepare(connection: asyncpg.Connection, now: datetime) -> None:
+    await connection.execute(
+        "INSERT INTO users (id, email, name) SELECT 'u' || n, n || '@example.com', 'n' FROM generate_series(0, 999) n"
+        " UNION ALL SELECT 'heavy', 'heavy@example.com', 'n'"
+    )
+    await connection.execute("SET timezone = 'UTC'")
+    await connection.execute(CALLS, to_db(now), timeout=300)
+    await connection.execute("CREATE SCHEMA seed")
+    await connection.execute("CREATE TABLE seed.usage AS SELECT * FROM usage ORDER BY created_at", timeout=300)
+    await connection.execute("ALTER TABLE seed.usage ADD PRIMARY KEY (id)", timeout=300)
+    for table in ("usage", "seed.usage", "kitrocket.usage_daily"):
+        await connection.execute(f"VACUUM ANALYZE {table}", timeout=300)
+
+
+def questions(now: datetime) -> list[Question]:
+    since = to_db(now - timedelta(days=30))
+    starts = bucket_starts(window(since=None, until=None, now=now), by="day", zone=now.tzinfo, now=now)  # type: ignore[arg-type]  # it has one
+    days = [to_db(start) for start in starts]
+    heavy, typical = ("heavy", since, None), ("u7", since, None)
+    total, rolled = SQL["total"], SQL["total_rolled"]
+    by_model, by_day = (SQL["by_model_rolled"], SQL["by_model"]), (SQL["by_time_rolled"], SQL["by_time"])
+    everyone, largest = (SQL["top_users_rolled"], SQL["top_users"]), (since, None, 20)
+    return [
+        Question("30-day sum, heavy user, index", rolled, (*heavy, None), total, (*heavy, None), 10),
+        Question("30-day sum, heavy user, seed", rolled, (*heavy, None), SEED, heavy[:2], 100),
+        Question("30-day sum, typical user, index", rolled, (*typical, None), total, (*typical, None), 1 / 1.6),
+        Question("by model, heavy user, index", by_model[0], heavy, by_model[1], heavy, 10),
+        Question("by day, heavy user, index", by_day[0], (*heavy, days), by_day[1], (*heavy, days), 10),
+        Question("all users, raw", everyone[0], largest, everyone[1], largest, 8),
+    ]
+
+
+async def timed(statement: Any, arguments: Sequence[Any]) -> tuple[float, list[asyncpg.Record]]:
+    start = time.perf_counter()
+    rows = await statement.fetch(*arguments)
+    return time.perf_counter() - start, rows
+
+
+def answer(rows: list[asyncpg.Record]) -> list[tuple[object, ...]]:
+    """What both ways must agree on: everything but the floor that the rolled one adds, as numbers."""
+    return sorted(
+        tuple(int(value) if key == "tokens" else value for key, value in row.items() if key != "raw_from")
+        for row in rows
+    )
+
+
+async def bench(connection: asyncpg.Connection, now: datetime) -> bool:
+    failed = False
+    for question in questions(now):
+        fast, slow = await connection.prepare(question.fast), await connection.prepare(question.slow)
+        repeat = 20 if question.goal < 1 else 1
+        ratios: list[float] = []
+        times: list[float] = []
+        for _ in range(ROUNDS):
+            quick = slowest = 0.0
+            for _ in range(repeat):
+                taken, mine = await timed(fast, question.fast_arguments)
+                quick += taken
+                taken, theirs = await timed(slow, question.slow_arguments)
+                slowest += taken
+            if answer(mine) != answer(theirs):
+                raise RuntimeError(f"{question.name}: the answers differ")
+            ratios.append(slowest / quick)
+            times.append(quick / repeat)
+        ratio = statistics.median(ratios)
+        failed |= ratio < question.goal
+        print(
+            f"{question.name:<34} {ratio:8.2f}x  {statistics.median(times) * 1000:8.2f} ms  goal {question.goal:.3g}x"
+            f"  {'ok' if ratio >= question.goal else 'MISSED'}",
+            flush=True,
+        )
+    return failed
+
+
+async def main(folder: Path) -> int:
+    now = utc_now()
+    async with Engine(embedded=EmbeddedServer(folder / "pg")) as engine:
+        await migrate(engine)
+        connection = await engine.get_new_connection(timed=False)
+        try:
+            began = time.perf_counter()
+            await prepare(connection, now)
+            print(f"1.1 million calls, loaded in {time.perf_counter() - began:.0f} s")
+            return int(await bench(connection, now))
+        finally:
+            await connection.close()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="kitrocket-bench-") as name:
+        Path(name).chmod(0o755)  # the account that runs the server for root must reach its data
+        sys.exit(asyncio.run(main(Path(name))))
