@@ -72,6 +72,13 @@ async def stored(engine: Engine) -> tuple[object, ...]:
     return tuple(row)
 
 
+async def others_wait(accounts: AccountService, number: int) -> None:
+    """Return once so many callers wait for the refresh that is under way."""
+    (flight,) = accounts._refresher._flights.values()
+    while flight.landed.statistics().tasks_waiting < number:
+        await anyio.lowlevel.checkpoint()
+
+
 async def never(refresh_token: str) -> RefreshedTokens:
     raise AssertionError("the provider is not to be asked")
 
@@ -275,7 +282,7 @@ async def test_a_failure_is_everybodys_and_changes_nothing(accounts: AccountServ
     async def refuse(refresh_token: str) -> RefreshedTokens:
         nonlocal asked
         asked += 1
-        await engine.fetchval("SELECT 1")  # the others come meanwhile
+        await others_wait(accounts, 7)
         raise ZeroDivisionError
 
     answers = await together([partial(accounts.access_token, user_id, "github", refresh=refuse)] * 8)
@@ -336,9 +343,7 @@ async def test_when_the_one_who_asks_is_cancelled_another_asks(accounts: Account
                     await anyio.lowlevel.checkpoint()
                 for _ in range(5):
                     group.start_soon(wait)
-                flight = next(iter(accounts._refresher._flights.values()))
-                while flight.landed.statistics().tasks_waiting < 5:
-                    await anyio.lowlevel.checkpoint()
+                await others_wait(accounts, 5)
                 scope.cancel()
         while len(provider.asked) < 2:
             await anyio.lowlevel.checkpoint()
