@@ -31,7 +31,7 @@ WITH beyond AS MATERIALIZED (
 ), locked AS MATERIALIZED (
     SELECT s.id FROM sessions s JOIN beyond ON beyond.id = s.id ORDER BY s.id FOR UPDATE OF s
 )
-DELETE FROM sessions s USING locked WHERE s.id = locked.id;
+DELETE FROM sessions s USING locked WHERE s.id = locked.id AND s.user_id = $1;
 
 -- name: validate
 -- Finds a live session with its user, and slides its expiry when that is due; otherwise it writes nothing.
@@ -186,12 +186,13 @@ SELECT count(*) FROM gone;
 
 -- name: revoke_others
 -- Deletes every session of a user but one, expired ones too; answers how many rows went. Rows are locked in id order,
--- so that two of these statements never wait for each other.
+-- so that two of these statements never wait for each other. The user is named once more for the planner's sake: by id
+-- alone it may read the whole table for a user with very many sessions.
 -- $1 user, $2 the forms that the token to keep may be stored in
 WITH locked AS MATERIALIZED (
     SELECT s.id FROM sessions s WHERE s.user_id = $1 AND s.token <> ALL ($2::text[]) ORDER BY s.id FOR UPDATE
 ), gone AS (
-    DELETE FROM sessions s USING locked WHERE s.id = locked.id RETURNING 1
+    DELETE FROM sessions s USING locked WHERE s.id = locked.id AND s.user_id = $1 RETURNING 1
 )
 SELECT count(*) FROM gone;
 
@@ -201,7 +202,7 @@ SELECT count(*) FROM gone;
 WITH locked AS MATERIALIZED (
     SELECT s.id FROM sessions s WHERE s.user_id = ANY ($1::text[]) ORDER BY s.id FOR UPDATE
 ), gone AS (
-    DELETE FROM sessions s USING locked WHERE s.id = locked.id RETURNING 1
+    DELETE FROM sessions s USING locked WHERE s.id = locked.id AND s.user_id = ANY ($1::text[]) RETURNING 1
 )
 SELECT count(*) FROM gone;
 
@@ -237,7 +238,9 @@ WITH locked AS MATERIALIZED (
     RETURNING s.id, s.created_at, s.ip_address, s.user_agent,
               least(s.expires_at, s.created_at + $6::interval) AS expires_at
 ), gone AS (
-    DELETE FROM sessions s USING locked WHERE $7 AND NOT locked.is_kept AND s.id = locked.id RETURNING 1
+    DELETE FROM sessions s USING locked
+    WHERE $7 AND NOT locked.is_kept AND s.id = locked.id AND s.user_id = $1
+    RETURNING 1
 )
 SELECT (SELECT count(*) FROM gone) AS revoked,
        k.id,
