@@ -228,13 +228,14 @@ class SessionService:
         stop_at = anyio.current_time() + _seconds("budget", budget)
         _check_report(report)
         oldest = self._outlived(now)
+        own = not self._engine.in_transaction()
         deleted = batches = 0
         stopped = False
         for sql, horizon in ((_SQL["delete_expired"], now), (_SQL["delete_outlived"], oldest)):
             full = horizon is not None
             while full and not stopped:
                 wanted = int(min(batch_size, most - deleted))
-                count: int = await self._engine.fetchval(sql, horizon, wanted)
+                count: int = await self._engine.fetchval(sql, horizon, wanted, own)
                 deleted += count
                 batches += count > 0
                 if report is not None and count:

@@ -209,8 +209,9 @@ SELECT count(*) FROM gone;
 -- name: rotate
 -- After a change of how a user signs in: the session to keep gets a new id and token, the others are deleted, expired
 -- ones too. With a proven login it also begins anew; a short one stays short (a max_lifetime below ttl makes none
--- short). A session to keep that is not live is one of the others. Answers one row: how many were deleted, and the kept session or NULLs. The user's row must have been
--- locked by an earlier statement. Rows are locked in id order, as by revoke_others.
+-- short). A session to keep that is not live is one of the others. Answers one row: how many were deleted, and the kept
+-- session or NULLs. The user's row must have been locked by an earlier statement. Rows are locked in id order, as by
+-- revoke_others.
 -- $1 user, $2 the forms that the token to keep may be stored in, $3 now, $4 ttl, $5 short_ttl, $6 max_lifetime or NULL,
 -- $7 whether the others go, $8 whether the login was proven, $9 new id, $10 new token as stored
 WITH locked AS MATERIALIZED (
@@ -256,23 +257,25 @@ LEFT JOIN kept k ON true;
 -- Deletes one batch of expired sessions, oldest first; answers how many rows went. Rows that another holds are skipped:
 -- other sweepers take other rows. The CTE is materialised, since a bare IN (… LIMIT) can run again per row and exceed
 -- the limit; the condition is repeated, since a row may have been extended before it was locked.
--- $1 now, $2 number of rows
+-- When the transaction is the batch's own, its commit doesn't wait for the disk: a batch that a crash loses is swept
+-- again.
+-- $1 now, $2 number of rows, $3 whether the transaction is the batch's own
 WITH expired AS MATERIALIZED (
     SELECT s.id FROM sessions s WHERE s.expires_at <= $1 ORDER BY s.expires_at LIMIT $2::bigint FOR UPDATE SKIP LOCKED
 ), gone AS (
     DELETE FROM sessions s USING expired WHERE s.id = expired.id AND s.expires_at <= $1 RETURNING 1
 )
-SELECT count(*) FROM gone;
+SELECT count(*), CASE WHEN $3::boolean THEN set_config('synchronous_commit', 'off', true) END FROM gone;
 
 -- name: delete_outlived
 -- As delete_expired, for sessions past their cap, which only another writer keeps beyond it.
--- $1 now - max_lifetime, $2 number of rows
+-- $1 now - max_lifetime, $2 number of rows, $3 whether the transaction is the batch's own
 WITH outlived AS MATERIALIZED (
     SELECT s.id FROM sessions s WHERE s.created_at <= $1 ORDER BY s.created_at LIMIT $2::bigint FOR UPDATE SKIP LOCKED
 ), gone AS (
     DELETE FROM sessions s USING outlived WHERE s.id = outlived.id AND s.created_at <= $1 RETURNING 1
 )
-SELECT count(*) FROM gone;
+SELECT count(*), CASE WHEN $3::boolean THEN set_config('synchronous_commit', 'off', true) END FROM gone;
 
 -- name: any_expired
 -- Whether a session is left to sweep.

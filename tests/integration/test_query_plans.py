@@ -81,7 +81,7 @@ HOT = [
     ("sessions", "validate", ("t7", NOW, WEEK, DAY, None), {"sessions_token_unique", "users_pkey"}),
     ("sessions", "list", ("u7", NOW, WEEK, None, ["t7"], 100, None, None), {"sessions_user_id_idx"}),
     ("sessions", "revoke_others", ("u7", ["t7"]), {"sessions_user_id_idx"}),
-    ("sessions", "delete_expired", (NOW, 100), {"sessions_expires_at_idx"}),
+    ("sessions", "delete_expired", (NOW, 100, True), {"sessions_expires_at_idx"}),
     (
         "sessions",
         "rotate",

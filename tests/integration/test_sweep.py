@@ -146,6 +146,20 @@ async def test_a_budget_is_kept_to_one_batch(engine: Engine, sessions: SessionSe
     assert (await sessions.delete_expired(budget=10 * SECOND)).deleted == 0
 
 
+async def test_in_a_transaction_it_is_undone_with_it_and_leaves_its_settings_alone(
+    engine: Engine, sessions: SessionService, clock: ManualClock
+) -> None:
+    await fill(engine, clock, expired=20, live=3)
+    with pytest.raises(RuntimeError):
+        async with engine.transaction():
+            assert (await sessions.delete_expired(batch_size=5)).deleted == 20
+            assert await engine.fetchval("SHOW synchronous_commit") == "on"
+            raise RuntimeError
+    assert await left(engine) == {"expired": 20, "live": 3}
+    assert (await sessions.delete_expired(batch_size=5)).deleted == 20
+    assert await engine.fetchval("SHOW synchronous_commit") == "on"
+
+
 async def test_a_row_that_another_holds_is_left_for_later(
     engine: Engine,
     sessions: SessionService,
