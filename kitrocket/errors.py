@@ -21,6 +21,7 @@ repr or a log: where the data is secret, the attribute is left out too.
   + UsageConflictError
   + RecorderClosedError
   + WindowNotExactError
+  + NoBillingPeriodError
   + WebhookNotFoundError
   + WebhookError
     - WebhookVerificationError
@@ -214,6 +215,17 @@ class WindowNotExactError(KitRocketError):
 
     def __str__(self) -> str:
         return f"the exact window nearest to this one is {self.nearest_since} to {self.nearest_until}"
+
+
+class NoBillingPeriodError(KitRocketError):
+    """The user has no live subscription that says when it is billed."""
+
+    def __init__(self, user_id: str) -> None:
+        super().__init__(user_id)
+        self.user_id = user_id
+
+    def __str__(self) -> str:
+        return f"user {self.user_id!r} has no billing period"
 
 
 class WebhookNotFoundError(KitRocketError):

@@ -272,6 +272,14 @@ class TopUser(Value):
     calls: int
 
 
+class Period(Value):
+    """A billing period, ``since <= t < until``. ``source`` is ``"provider"``, or ``"row"``: a month to the row's end."""
+
+    since: AwareDatetime
+    until: AwareDatetime
+    source: Literal["provider", "row"]
+
+
 class UsageDrift(Value):
     """A user's day and model whose daily sum is not what the single rows say: ``kept`` is what it is."""
 
@@ -339,6 +347,7 @@ __all__ = [
     "DeletedUser",
     "DigestResult",
     "IssuedSession",
+    "Period",
     "ProviderSignIn",
     "PruneResult",
     "RebuildResult",

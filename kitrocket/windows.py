@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
+from itertools import islice
 from typing import Literal, get_args
 from zoneinfo import ZoneInfo
 
@@ -53,6 +54,12 @@ def window(*, since: datetime | None, until: datetime | None, now: datetime) -> 
     if end is not None and start > end:
         raise InvalidInputError("since", "it is after until", "a datetime that is not after until")
     return Window(start, end)
+
+
+def month(now: datetime, zone: tzinfo) -> Window:
+    """Return the calendar month that the clocks of ``zone`` show at ``now``."""
+    first, following = islice(_midnights("month", now, zone), 2)
+    return Window(first, following)
 
 
 def time_zone(field: str, name: object) -> tzinfo:

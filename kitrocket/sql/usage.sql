@@ -274,3 +274,25 @@ LEFT JOIN (
     LIMIT $3::bigint
 ) AS sums ON true
 ORDER BY tokens DESC, user_id COLLATE "C";
+
+-- name: billing_period
+-- Find the period for which a user is billed: that of the newest live snapshot, else the month before the end of the live
+-- row (a month before 31 March is the end of February).
+-- $1 user.
+SELECT since, until, source
+FROM (
+    SELECT previous_billing_date AS since, next_billing_date AS until, 'provider' AS source, event_at AS newest
+    FROM kitrocket.dodo_subscriptions
+    WHERE user_id = $1
+      AND status = 'active'
+      AND revoked_at IS NULL
+      AND previous_billing_date < next_billing_date
+    UNION ALL
+    SELECT current_period_end - interval '1 month', current_period_end, 'row', updated_at
+    FROM subscriptions
+    WHERE user_id = $1
+      AND status IN ('active', 'trialing', 'past_due')
+      AND isfinite(current_period_end)
+) AS periods
+ORDER BY source, newest DESC
+LIMIT 1;

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from typing import Literal
 
 import asyncpg
 
@@ -14,6 +15,7 @@ from kitrocket.engine import Engine
 from kitrocket.errors import ConfigurationError, InvalidInputError, UsageConflictError
 from kitrocket.inputs import duration, flag, instant, label, whole_number
 from kitrocket.models import (
+    Period,
     PruneResult,
     RebuildResult,
     RecordedUsage,
@@ -28,7 +30,7 @@ from kitrocket.usage.recorder import Owner, Recorder
 from kitrocket.usage.sums import Sums
 from kitrocket.usage.upkeep import midnight, prune, rebuild, verify
 from kitrocket.usage.writing import Writer
-from kitrocket.windows import Dimension, bucket_starts, dimension, time_zone, window
+from kitrocket.windows import Dimension, Window, bucket_starts, dimension, month, time_zone, window
 
 
 class UsageService:
@@ -122,13 +124,39 @@ class UsageService:
         since: datetime | None = None,
         until: datetime | None = None,
         model: str | None = None,
+        period: Literal["month", "billing"] | None = None,
+        tz: str = "UTC",
     ) -> int:
-        """Return a user's tokens in a window, of one model or of all."""
+        """Return a user's tokens in a window, of one model or of all.
+
+        ``period`` takes the place of ``since`` and ``until``: ``"month"`` is the calendar month that it is now by the
+        clocks of ``tz``, an IANA name; ``"billing"`` is :meth:`billing_period`, and raises as it does.
+        """
         label("user_id", user_id)
+        zone, now = time_zone("tz", tz), self._now()
         if model is not None:
             label("model", model)
-        chosen = window(since=since, until=until, now=self._now())
+        if period is None:
+            chosen = window(since=since, until=until, now=now)
+        elif since is not None or until is not None:
+            raise InvalidInputError("period", "it stands beside since or until", "one or the other")
+        elif period == "month":
+            chosen = month(now, zone)
+        elif period == "billing":
+            billed = await self.billing_period(user_id)
+            chosen = Window(billed.since, billed.until)
+        else:
+            raise InvalidInputError("period", "it is none of the possible ones", "month or billing")
         return await self._sums.total(user_id, chosen, model)
+
+    async def billing_period(self, user_id: str) -> Period:
+        """Return the period for which the user is billed now.
+
+        From the previous to the next billing date of the live subscription at the provider; without one, the calendar
+        month before ``current_period_end`` of the live row. Raises :class:`NoBillingPeriodError` without either.
+        """
+        label("user_id", user_id)
+        return await self._sums.billing_period(user_id)
 
     async def breakdown(
         self,

@@ -7,9 +7,10 @@ from datetime import UTC, date, datetime, time, timedelta
 
 import asyncpg
 
-from kitrocket.clock import to_db
+from kitrocket.clock import from_db, to_db
 from kitrocket.engine import Engine
-from kitrocket.errors import WindowNotExactError
+from kitrocket.errors import NoBillingPeriodError, WindowNotExactError
+from kitrocket.models import Period
 from kitrocket.sql import statements
 from kitrocket.windows import Window
 
@@ -62,6 +63,13 @@ class Sums:
         if self._rollup:
             return await self._rolled("top_users_rolled", window, "user_id", *_bounds(window), limit)
         return await self._fetch("top_users", *_bounds(window), limit)
+
+    async def billing_period(self, user_id: str) -> Period:
+        """Return the billing period of a user's live subscription, or raise :class:`NoBillingPeriodError`."""
+        rows = await self._fetch("billing_period", user_id)
+        if not rows:
+            raise NoBillingPeriodError(user_id)
+        return Period(since=from_db(rows[0]["since"]), until=from_db(rows[0]["until"]), source=rows[0]["source"])
 
     async def _rolled(self, name: str, window: Window, key: str, *arguments: object) -> list[asyncpg.Record]:
         rows = await self._fetch(name, *arguments)

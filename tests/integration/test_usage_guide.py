@@ -25,7 +25,7 @@ async def test_the_blocks_of_the_page_run(engine: Engine, capsys: pytest.Capture
         "user": SimpleNamespace(id=await make_user(engine)),
     }
     blocks = re.findall(r"^```python fragment\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for block in blocks:
         code = compile(block, str(PAGE), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         running = eval(code, names)
