@@ -1,4 +1,4 @@
-"""How fast a session is checked, beside raw asyncpg, a default pool, Piccolo and SQLAlchemy.
+"""How fast a session is checked, beside raw asyncpg, a default pool, Piccolo, SQLAlchemy and Tortoise.
 
     python benchmarks/validate.py
 
@@ -10,7 +10,9 @@ printed are medians of these, so that other load on the machine slows all alike.
 * raw: the same statement, cached, on held connections, one per task; the answer is a ``Record``. For comparison also on
   fewer connections that the tasks share, and as a plain SELECT, which could not extend a session.
 * pool: the same statement through ``asyncpg.create_pool().fetchrow`` with its defaults.
-* piccolo, sqlalchemy: a plain join of session and user, through Piccolo's ``select`` and SQLAlchemy's ORM.
+* piccolo, sqlalchemy, tortoise: a plain join of session and user, through Piccolo's ``select``, SQLAlchemy's ORM and
+  Tortoise's. Tortoise is measured where it is installed: ``pip install --target FOLDER tortoise-orm``, and
+  ``PYTHONPATH=FOLDER``.
 
 It exits with 1 when a goal is missed.
 """
@@ -29,12 +31,20 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import anyio
 import asyncpg
 from sqlalchemy import URL, ForeignKey, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, joinedload, mapped_column, relationship
+
+try:
+    import tortoise
+    from tortoise import fields, models
+except ImportError:
+    tortoise = None
 
 from kitrocket.clock import to_db, utc_now
 from kitrocket.embedded import EmbeddedServer
@@ -102,10 +112,12 @@ GOALS = [
     Goal("pool", 1, 1.8),
     Goal("piccolo", 1, 5),
     Goal("sqlalchemy", 1, 5),
+    Goal("tortoise", 1, 5),
     Goal("raw", TASKS, 1.2),
     Goal("pool", TASKS, 2.5),
     Goal("piccolo", TASKS, 12),
     Goal("sqlalchemy", TASKS, 12),
+    Goal("tortoise", TASKS, 12),
 ]
 #: kitrocket's slowest hundredth against raw's, with 16 tasks.
 P99_AT_MOST = 2.0
@@ -215,6 +227,68 @@ def by_sqlalchemy(engine: AsyncEngine) -> Check:
     return check
 
 
+def tortoise_tables() -> ModuleType:
+    """The two tables as Tortoise wants them: models in a module."""
+
+    class TortoiseUser(models.Model):
+        id = fields.TextField(primary_key=True)
+        email = fields.TextField()
+        name = fields.TextField()
+        email_verified = fields.DatetimeField(null=True)
+        avatar = fields.TextField(null=True)
+        created_at = fields.DatetimeField()
+        updated_at = fields.DatetimeField()
+
+        class Meta:
+            table = "users"
+
+    class TortoiseSession(models.Model):
+        id = fields.TextField(primary_key=True)
+        user = fields.ForeignKeyField("models.TortoiseUser")
+        token = fields.TextField()
+        expires_at = fields.DatetimeField()
+        ip_address = fields.TextField(null=True)
+        user_agent = fields.TextField(null=True)
+        created_at = fields.DatetimeField()
+
+        class Meta:
+            table = "sessions"
+
+    module = sys.modules["tortoise_tables"] = ModuleType("tortoise_tables")
+    for model in (TortoiseUser, TortoiseSession):
+        model.__module__ = module.__name__
+        setattr(module, model.__name__, model)
+    return module
+
+
+@asynccontextmanager
+async def by_tortoise(address: dict[str, Any]) -> AsyncIterator[list[Contender]]:
+    """Tortoise's contender, where it is installed."""
+    if tortoise is None:
+        print("tortoise is not installed, so it is LEFT OUT", file=sys.stderr)
+        yield []
+        return
+    module = tortoise_tables()
+    credentials = {"password": None, **address}
+    await tortoise.Tortoise.init(
+        config={
+            "connections": {"default": {"engine": "tortoise.backends.asyncpg", "credentials": credentials}},
+            "apps": {"models": {"models": [module.__name__], "default_connection": "default"}},
+            "use_tz": False,
+        }
+    )
+
+    async def check(token: str, _task: int) -> object:
+        return await (
+            module.TortoiseSession.filter(token=digest(token), expires_at__gt=to_db(utc_now()))
+            .select_related("user")
+            .first()
+        )
+
+    yield [Contender("tortoise", check, 48)]
+    await tortoise.Tortoise.close_connections()
+
+
 @asynccontextmanager
 async def contenders(server: EmbeddedServer) -> AsyncIterator[list[Contender]]:
     address = (await server.astart()).dsn_kwargs()
@@ -231,7 +305,7 @@ async def contenders(server: EmbeddedServer) -> AsyncIterator[list[Contender]]:
                 query={"host": address["host"], "port": str(address["port"])},
             )
         )
-        async with service.coalescing():
+        async with service.coalescing(), by_tortoise(address) as more:
             yield [
                 Contender("kitrocket", lambda token, _task: service.validate(token)),
                 Contender("raw", lambda token, task: check_raw(held[task], token)),
@@ -242,6 +316,7 @@ async def contenders(server: EmbeddedServer) -> AsyncIterator[list[Contender]]:
                 ),
                 Contender("piccolo", by_piccolo(engine), 48),
                 Contender("sqlalchemy", by_sqlalchemy(alchemy), 48),
+                *more,
             ]
         await alchemy.dispose()
         for connection in held:
@@ -285,6 +360,9 @@ def report(entries: list[Contender]) -> bool:
     print()
     reached = []
     for goal in GOALS:
+        if goal.other not in by_name:
+            print("left out", f"{goal.tasks:2} tasks: {goal.other}")
+            continue
         times = ratio(mine, by_name[goal.other], goal.tasks)
         reached.append(
             (times >= goal.times, f"{goal.tasks:2} tasks: {times:5.2f} x {goal.other}, goal >= {goal.times}")
