@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -383,6 +384,38 @@ async def test_whole_days_are_read_from_the_rollup_alone(engine: Engine) -> None
     assert await engine.fetchval(total, "ada", to_db(FIRST), to_db(FIRST + DAY - MICROSECOND), None) == 1
     assert await engine.fetchval(total, "ada", to_db(FIRST - MICROSECOND), to_db(FIRST + DAY), None) == 1000
     assert await engine.fetchval(total, "ada", to_db(FIRST + MICROSECOND), None, None) == 0
+
+
+def scans(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The leaves of a plan that read a table."""
+    if "Relation Name" in plan:
+        yield plan
+    for part in plan.get("Plans", []):
+        yield from scans(part)
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("name", ["total_rolled", "by_model_rolled", "by_time_rolled"])
+async def test_a_users_sums_read_the_key_and_the_covering_index(engine: Engine, mode: str, name: str) -> None:
+    for user_id in ("ada", "bob"):
+        await make_user(engine, id=user_id)
+    await engine.fetch(
+        "INSERT INTO usage SELECT 'u' || n, CASE n % 20 WHEN 0 THEN 'ada' ELSE 'bob' END, n, 'm' || n % 40,"
+        " timestamp '2026-01-01' + n * interval '4 minutes' FROM generate_series(1, 20000) AS n"
+    )
+    for table in ("usage", "kitrocket.usage_daily"):
+        await engine.fetch(f"VACUUM ANALYZE {table}")
+    more = {"total_rolled": ", NULL", "by_model_rolled": "", "by_time_rolled": ", '{2026-02-01 07:00, 2026-02-02}'"}
+    async with engine.transaction() as transaction:
+        await engine.fetch(f"SET LOCAL plan_cache_mode = {mode}")
+        await transaction.connection.execute(f"PREPARE rolled AS {statements('usage')[name]}")
+        explained = await engine.fetchval(
+            f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) EXECUTE rolled('ada', '2026-02-01 07:00', NULL{more[name]})"
+        )
+        await engine.fetch("DEALLOCATE rolled")
+    found = {(scan["Relation Name"], scan["Node Type"]) for scan in scans(json.loads(explained)[0]["Plan"])}
+    assert {type for table, type in found if table == "usage"} == {"Index Only Scan"}
+    assert "Seq Scan" not in {type for table, type in found if table == "usage_daily"}
 
 
 # -- filled on a table that has rows ------------------------------------------------------------------------------
