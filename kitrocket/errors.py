@@ -23,6 +23,7 @@ repr or a log: where the data is secret, the attribute is left out too.
   + WindowNotExactError
   + NoBillingPeriodError
   + WebhookNotFoundError
+  + ProviderError
   + WebhookError
     - WebhookVerificationError
     - WebhookPayloadError
@@ -237,6 +238,26 @@ class WebhookNotFoundError(KitRocketError):
 
     def __str__(self) -> str:
         return f"no stored webhook with the id {self.webhook_id!r}"
+
+
+class ProviderError(KitRocketError):
+    """DodoPayments refused a request or could not be reached, several times. Its cause is the SDK's error.
+
+    ``status_code`` is what it answered, ``None`` without an answer.
+    """
+
+    def __init__(self, status_code: int | None) -> None:
+        super().__init__(status_code)
+        self.status_code = status_code
+
+    def __str__(self) -> str:
+        if self.status_code in (401, 403):
+            return f"DodoPayments answered {self.status_code}: check DODO_PAYMENTS_API_KEY"
+        return (
+            "DodoPayments cannot be reached"
+            if self.status_code is None
+            else f"DodoPayments answered {self.status_code}"
+        )
 
 
 class WebhookError(KitRocketError):

@@ -122,6 +122,8 @@ class KitRocket:
             max_bytes=self.settings.webhook_max_bytes,
             max_attempts=self.settings.webhook_max_attempts,
             retention_days=self.settings.webhook_retention_days,
+            api_key=self.settings.dodo_payments_api_key,
+            base_url=self.settings.dodo_payments_base_url,
         )
         self.usage = UsageService(
             self.engine,

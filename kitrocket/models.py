@@ -181,6 +181,32 @@ class RetryResult(Value):
     purged: int = 0
 
 
+class Difference(Value):
+    """A field of a subscription that the provider states otherwise; ``ours`` is what was known here."""
+
+    subscription_id: str
+    field: str
+    ours: str | None
+    theirs: str | None
+
+
+class ReconcileResult(Value):
+    """How many subscriptions the provider listed (``checked``), how many were asked for one by one (``fetched``), and
+    what came of it: ``changed`` here, ``raced`` by a webhook that was faster, ``gone`` at the provider, ``failed``.
+
+    ``requests`` counts every request; ``differences`` says what was, or with ``dry_run`` would be, taken over.
+    """
+
+    checked: int
+    fetched: int
+    changed: int
+    raced: int
+    gone: int
+    failed: int
+    requests: int
+    differences: list[Difference]
+
+
 class BillingEvent(Value):
     """What a hook is told: an event of the provider, or an incident, whose type begins with ``incident.``.
 
@@ -345,12 +371,14 @@ __all__ = [
     "BillingEvent",
     "CredentialChange",
     "DeletedUser",
+    "Difference",
     "DigestResult",
     "IssuedSession",
     "Period",
     "ProviderSignIn",
     "PruneResult",
     "RebuildResult",
+    "ReconcileResult",
     "RecordedUsage",
     "RefreshedTokens",
     "RetryResult",

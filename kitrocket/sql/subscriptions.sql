@@ -23,6 +23,29 @@ LIMIT 2;
 -- The users with an address that was verified, two at most. $1 e-mail address in lower case.
 SELECT id AS user_id FROM users WHERE lower(email) = $1 AND email_verified IS NOT NULL LIMIT 2;
 
+-- name: snapshots
+-- The mirror's snapshots by their ids, without a lock. $1 ids.
+SELECT * FROM kitrocket.dodo_subscriptions WHERE subscription_id = ANY($1::text[]);
+
+-- name: snapshots_before
+-- The subscriptions made until an instant, or it is not known when. $1 instant.
+SELECT subscription_id, version
+FROM kitrocket.dodo_subscriptions
+WHERE created_at <= $1 OR created_at IS NULL
+ORDER BY subscription_id;
+
+-- name: snapshots_to_check
+-- Subscriptions about which the provider should be asked, and was not since an instant. $1 instant, $2 at most.
+SELECT subscription_id, version
+FROM kitrocket.dodo_subscriptions
+WHERE needs_check AND (fetched_at IS NULL OR fetched_at < $1)
+ORDER BY subscription_id
+LIMIT $2;
+
+-- name: payments_unknown
+-- Payments of which only refunds or disputes are known.
+SELECT payment_id FROM kitrocket.dodo_payments WHERE status IS NULL ORDER BY payment_id;
+
 -- name: snapshots_due
 -- Subscriptions whose meaning time alone has changed, the longest due first. $1 now.
 SELECT subscription_id FROM kitrocket.dodo_subscriptions WHERE reproject_at <= $1 ORDER BY reproject_at LIMIT 1000;

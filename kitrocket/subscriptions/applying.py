@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from kitrocket.clock import to_db
 from kitrocket.dodo.events import (
     STATUS_RANKS,
+    Content,
     DisputeState,
     Event,
     PaymentState,
@@ -25,9 +26,11 @@ from kitrocket.dodo.payments import Facts, Payment, facts_of
 from kitrocket.dodo.projection import Policy, Snapshot, view
 from kitrocket.engine import Engine
 from kitrocket.inputs import EMAIL_MAX, ID_MAX, normalised_email
+from kitrocket.models import Difference
 from kitrocket.sql import statements
 from kitrocket.subscriptions.inbox import Verdict
-from kitrocket.subscriptions.mirror import Mirrored, payment_from_row, payment_parameters
+from kitrocket.subscriptions.incidents import open_incident
+from kitrocket.subscriptions.mirror import Mirrored, differences, payment_from_row, payment_parameters
 from kitrocket.subscriptions.rows import project_users
 
 _SQL = statements("subscriptions")
@@ -60,7 +63,7 @@ class Applier:
     async def apply(self, event: Event, webhook_id: str, now: datetime, *, again: bool = False) -> Verdict:
         """Apply an event and return what it came to. ``again`` writes the row anew even if nothing is new."""
         content = event.content
-        problem = self.problem_with(event)
+        problem = self.problem_with(content)
         if problem is not None:
             return Verdict("parked", problem)
         if isinstance(content, SubscriptionSnapshot):
@@ -69,9 +72,8 @@ class Applier:
             return await self._apply_payment(content, event, now, again)
         return Verdict("ignored")
 
-    def problem_with(self, event: Event) -> str | None:
-        """Return why an event cannot be understood, whatever the database says, or ``None``."""
-        content = event.content
+    def problem_with(self, content: Content) -> str | None:
+        """Return why the content of an event cannot be understood, whatever the database says, or ``None``."""
         if isinstance(content, Unreadable):
             return "unreadable"
         if isinstance(content, SubscriptionSnapshot):
@@ -102,6 +104,54 @@ class Applier:
         await self._engine.fetch(_SQL["write_snapshot"], *self._dated(new, now).parameters())
         await self._project(existing, now)
         return True
+
+    # -- what was fetched from the provider ---------------------------------------------------------------------------
+
+    async def adopt(
+        self, state: SubscriptionSnapshot, told: Iterable[str], version: int, now: datetime
+    ) -> list[Difference] | None:
+        """Take over a fetched state and return what it changed; ``None`` if ``version`` is outdated.
+
+        ``told`` names the fields that the provider answered. A fetch has no event's time and key: every event that is
+        newer than what was known stays newer.
+        """
+        known = next(iter(await self._lock([state.subscription_id])), None)
+        if (known.version if known else 0) != version:
+            return None
+        linked = known.user_id if known else None
+        named = named_user(self._user_keys, state.metadata, state.customer.metadata)
+        target, _ = await self._user_of(state, named, linked)
+        existing = await self._keep_users({linked, target})
+        linked, target = (user_id if user_id in existing else None for user_id in (linked, target))
+        fact = Event("", known.snapshot.event_at if known else state.created_at or now, {})
+        webhook_id = known.webhook_id if known else None
+        new = await self._new_snapshot(state, fact, webhook_id, known, known.event_key if known else "")
+        if known is not None and state.status == "past_due" and state.past_due_ends_at is None:
+            new = replace(new, snapshot=replace(new.snapshot, past_due_ends_at=known.snapshot.past_due_ends_at))
+        new = replace(
+            new,
+            user_id=(target or linked) if named is not None else (linked or target),
+            named_key=known.named_key if known else None,
+            fetched_at=now,
+            needs_check=False,
+        )
+        await self._engine.fetch(_SQL["write_snapshot"], *self._dated(new, now).parameters())
+        await self._project({linked, new.user_id}, now)
+        return differences(known, state, told)
+
+    async def note_gone(self, subscription_id: str, now: datetime) -> None:
+        """Note that the provider does not know a subscription; its user's row stays as it is."""
+        for known in await self._lock([subscription_id]):
+            existing = await self._keep_users({known.user_id})
+            user_id = known.user_id if known.user_id in existing else None
+            new = replace(known, user_id=user_id, fetched_at=now, needs_check=False)
+            await self._engine.fetch(_SQL["write_snapshot"], *new.parameters())
+            detail = {"subscriptions": [subscription_id]}
+            await open_incident(self._engine, "drift", subscription_id, user_id, detail, now, self._is_heard)
+
+    async def adopt_payment(self, state: PaymentState, now: datetime) -> None:
+        """Take over a fetched payment; every event about it is newer."""
+        await self._apply_payment(state, Event("", state.created_at or now, {}), now, False)
 
     # -- subscriptions --------------------------------------------------------------------------------------------
 
@@ -143,7 +193,7 @@ class Applier:
         return Verdict("stale" if is_stale else "applied", user_id=new.user_id)
 
     async def _new_snapshot(
-        self, state: SubscriptionSnapshot, event: Event, webhook_id: str, known: Mirrored | None, key: str
+        self, state: SubscriptionSnapshot, event: Event, webhook_id: str | None, known: Mirrored | None, key: str
     ) -> Mirrored:
         facts = await self._facts(state.subscription_id, state.previous_billing_date)
         change = state.scheduled_change

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -11,9 +11,23 @@ from typing import Any
 import asyncpg
 
 from kitrocket.clock import from_db, to_db
-from kitrocket.dodo.events import ServicePeriod, parse_instant
+from kitrocket.dodo.events import ServicePeriod, SubscriptionSnapshot, parse_instant
 from kitrocket.dodo.payments import Claim, Facts, Payment
 from kitrocket.dodo.projection import Snapshot
+from kitrocket.models import Difference
+
+_COMPARED = (
+    "status",
+    "created_at",
+    "previous_billing_date",
+    "next_billing_date",
+    "cancel_at_next_billing_date",
+    "cancelled_at",
+    "expires_at",
+    "paused_at",
+    "past_due_ends_at",
+    "trial_period_days",
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,8 @@ class Mirrored:
     needs_check: bool = False
     reproject_at: datetime | None = None
     named_key: str | None = None
+    #: Counts the writes; 0: not written yet.
+    version: int = 0
 
     @classmethod
     def from_row(cls, row: asyncpg.Record) -> Mirrored:
@@ -51,6 +67,33 @@ class Mirrored:
             *(facts.dispute_open, facts.charged, facts.charge_failed, self.named_key),
         )
         return tuple(to_db(value) if isinstance(value, datetime) else value for value in values)
+
+
+def differences(known: Mirrored | None, state: SubscriptionSnapshot, told: Iterable[str]) -> list[Difference]:
+    """Return where a snapshot and a state differ, in what the provider ``told``."""
+    id = state.subscription_id
+    if known is None:
+        return [Difference(subscription_id=id, field="subscription_id", ours=None, theirs=id)]
+    pairs: dict[str, tuple[object, object]] = {
+        "product_id": (known.product_id, state.product_id),
+        "customer_id": (known.snapshot.customer_id, state.customer.customer_id),
+    }
+    named = set(told)
+    for name in _COMPARED:
+        ours, theirs = getattr(known.snapshot, name), getattr(state, name)
+        # A fetched subscription lacks the deadline; as long as it is past due, the one that was told holds.
+        is_kept = name == "past_due_ends_at" and theirs is None and state.status == "past_due"
+        if name in named and not is_kept:
+            pairs[name] = (ours, theirs)
+    return [
+        Difference(subscription_id=id, field=name, ours=_text(ours), theirs=_text(theirs))
+        for name, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def payment_from_row(row: asyncpg.Record) -> Payment:

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import anyio
 import asyncpg
@@ -23,17 +23,30 @@ from kitrocket.engine import Engine, Fault, Transaction, fault_of
 from kitrocket.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
+    MissingExtraError,
     SubscriptionConflictError,
     WebhookNotFoundError,
     WebhookPayloadError,
 )
-from kitrocket.models import Access, RetryResult, StoredWebhook, Subscription, WebhookOutcome, WebhookReceipt
+from kitrocket.models import (
+    Access,
+    ReconcileResult,
+    RetryResult,
+    StoredWebhook,
+    Subscription,
+    WebhookOutcome,
+    WebhookReceipt,
+)
 from kitrocket.sql import statements
 from kitrocket.subscriptions.applying import Applier
 from kitrocket.subscriptions.hooks import H, Hooks
 from kitrocket.subscriptions.inbox import FINISHED, Inbox, Stored, Verdict, digest_of, pause_after
 from kitrocket.subscriptions.mirror import Mirrored
+from kitrocket.subscriptions.reconciling import Reconciliation
 from kitrocket.subscriptions.rows import subscription_from_row
+
+if TYPE_CHECKING:
+    from kitrocket.subscriptions.provider import Provider
 
 T = TypeVar("T")
 
@@ -46,6 +59,8 @@ _PAUSES = (0.02, 0.1, 0.0)
 _TOTAL = timedelta(seconds=9)
 #: How often the background work looks for payloads that were kept long enough.
 _PURGE_EVERY = timedelta(hours=1)
+#: How often the background work asks the provider about one and the same subscription, at most.
+_CHECK_EVERY = timedelta(hours=1)
 _LOCK, _STATEMENT = timedelta(seconds=2), timedelta(seconds=3)
 
 
@@ -58,7 +73,8 @@ class SubscriptionService:
     ``past_due_days`` is the grace when the provider gives no deadline, ``renewal_leeway_hours`` the wait for a renewal
     to be confirmed; ``dispute_policy="suspend"`` denies access while a dispute is open. ``max_bytes`` is the largest
     body; an event that could not be applied ``max_attempts`` times is left alone. A payload is kept ``retention_days``
-    after its event finished, twice as long where it never did.
+    after its event finished, twice as long where it never did. ``api_key`` and ``base_url`` are the provider's, for
+    :meth:`reconcile`, which asks at most ``requests_per_second`` times a second.
 
     A key that cannot be one and a product with an unknown plan raise :class:`ConfigurationError`.
     """
@@ -79,6 +95,9 @@ class SubscriptionService:
         max_bytes: int = 2_097_152,
         max_attempts: int = 8,
         retention_days: int = 90,
+        api_key: str | SecretStr | None = None,
+        base_url: str | None = None,
+        requests_per_second: float = 10.0,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         unknown = sorted(set((products or {}).values()) - set(plans))
@@ -99,6 +118,9 @@ class SubscriptionService:
         self._verifier = Verifier(webhook_keys, max_bytes=max_bytes)
         self._retention = timedelta(days=retention_days)
         self._purged_at: datetime | None = None
+        self._api_key = api_key
+        self._base_url = base_url
+        self._requests_per_second = requests_per_second
 
         def pause(attempts: int) -> timedelta:
             return pause_after(attempts, jitter())
@@ -203,17 +225,19 @@ class SubscriptionService:
 
     async def retry_parked(self, *, on_progress: Callable[[int, int], object] | None = None) -> RetryResult:
         """Try again what could not be applied: what is due, and what waited for a user, payment, product or status
-        that is known by now, dead or not. Then bring the rows up to date that time alone has changed, such as a
-        scheduled cancellation that came, tell the hooks, and once an hour take out the payloads that were kept long
-        enough. Each event is a transaction of its own; several processes share the work. ``on_progress`` is called
-        with how many events were tried, and of how many.
+        that is known by now, dead or not.
+
+        Then bring the rows up to date that time alone has changed, such as a scheduled cancellation that came, ask the
+        provider where there is doubt (with ``api_key``), tell the hooks, and once an hour take out the payloads that
+        were kept long enough. Each event is a transaction of its own; several processes share the work.
+        ``on_progress`` is called with how many events were tried, and of how many.
         """
         now = self._clock()
         due = await self._inbox.to_retry(now)
         known = [
             webhook_id
             for webhook_id, payload in await self._inbox.of_unknown_kind()
-            if self._applier.problem_with(read_event(payload)) is None
+            if self._applier.problem_with(read_event(payload).content) is None
         ]
         wanted = list(dict.fromkeys([*due, *known]))
         tried: list[str] = []
@@ -226,6 +250,7 @@ class SubscriptionService:
             await self._persist(partial(self._reproject, subscription_id, now))
             for subscription_id in await self._applier.due(now)
         ]
+        await self._check_flagged_if_possible()
         return RetryResult(
             tried=len(tried),
             finished=sum(state in FINISHED for state in tried),
@@ -247,6 +272,63 @@ class SubscriptionService:
         receipt = await self._persist(partial(self._replay, inputs.identifier("webhook_id", webhook_id), now, hooks))
         self._hooks.wake()
         return receipt
+
+    async def reconcile(
+        self, *, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> ReconcileResult:
+        """Compare every subscription with what the provider says now, and take over what differs.
+
+        A webhook that is applied meanwhile is never overwritten: its subscription is counted as ``raced`` and left for
+        the next pass. What the provider does not know becomes an incident of kind ``drift``. ``dry_run`` writes
+        nothing. ``on_progress`` is called with how many subscriptions were compared.
+
+        Raises :class:`ConfigurationError` without ``api_key``, :class:`MissingExtraError` without the extra ``dodo``,
+        and :class:`ProviderError` when the provider's list cannot be read; a failure with one subscription is counted.
+        """
+        async with self._provider() as provider:
+            pass_ = Reconciliation(
+                self._engine, self._applier, provider, clock=self._clock, write=self._write, dry_run=dry_run
+            )
+            return await pass_.run(on_progress)
+
+    async def check_flagged(self, *, limit: int = 50) -> ReconcileResult | None:
+        """Ask the provider about subscriptions that are in doubt, such as one whose renewal nobody confirmed.
+
+        Each at most once an hour. Returns ``None`` when there are none. Raises as :meth:`reconcile`.
+        """
+        since = to_db(self._clock() - _CHECK_EVERY)
+        flagged = await self._engine.fetch(_SQL["snapshots_to_check"], since, limit)
+        if not flagged:
+            return None
+        async with self._provider() as provider:
+            pass_ = Reconciliation(self._engine, self._applier, provider, clock=self._clock, write=self._write)
+            for row in flagged:
+                await pass_.check(row["subscription_id"], row["version"])
+            return pass_.result()
+
+    async def _check_flagged_if_possible(self) -> None:
+        if self._api_key is None:
+            return
+        try:
+            await self.check_flagged()
+        except MissingExtraError as error:
+            _log.warning("subscriptions in doubt are not checked: %s", error)
+
+    def _provider(self) -> Provider:
+        if self._api_key is None:
+            raise ConfigurationError("asking DodoPayments needs its API key: DODO_PAYMENTS_API_KEY")
+        from kitrocket.subscriptions.provider import Provider  # only here: it needs the extra
+
+        return Provider(api_key=self._api_key, base_url=self._base_url, requests_per_second=self._requests_per_second)
+
+    async def _write(self, unit: Callable[[], Awaitable[T]]) -> T:
+        """Run a unit of work in a transaction of its own, again after a transient error."""
+
+        async def inside() -> T:
+            async with self._transaction():
+                return await unit()
+
+        return await self._persist(inside)
 
     async def purge(self) -> int:
         """Take out the payloads that were kept long enough, or whose user was deleted; return how many that were.
