@@ -1,7 +1,7 @@
 """The frozen values that services return. None of them carries a secret: no token, no password hash.
 
-The exceptions are :class:`IssuedSession`, also inside :class:`CredentialChange`, which shows a new session's token once,
-and :class:`RefreshedTokens`, which an application hands over; their ``repr`` leaves it out.
+The exceptions are :class:`IssuedSession`, also inside :class:`CredentialChange`, which shows a new session's token
+once, and :class:`RefreshedTokens`, which an application hands over; their ``repr`` leaves it out.
 
 Every datetime is timezone-aware, in UTC.
 """
