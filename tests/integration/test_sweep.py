@@ -10,6 +10,7 @@ import anyio
 import asyncpg
 import pytest
 import pytest_asyncio
+from racing import until_someone_waits
 
 from factories import make_session, make_user
 from kitrocket.clock import to_db
@@ -193,6 +194,27 @@ async def test_a_row_that_is_extended_meanwhile_stays(
                 )
             ]
     assert await engine.fetchval("SELECT count(*) FROM sessions") == len(extended)
+
+
+@pytest.mark.direct
+async def test_a_row_that_is_extended_after_the_statement_began_stays(
+    engine: Engine, sessions: SessionService, clock: ManualClock, other: asyncpg.Connection[asyncpg.Record]
+) -> None:
+    """The statement has its snapshot, in which the row has expired, and is held up before it looks for rows."""
+    await fill(engine, clock, expired=20, live=0)
+    await engine.fetch(
+        "CREATE FUNCTION hold_up() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN PERFORM pg_advisory_xact_lock(7); RETURN NULL; END'"
+    )
+    await engine.fetch("CREATE TRIGGER hold_up BEFORE DELETE ON sessions FOR EACH STATEMENT EXECUTE FUNCTION hold_up()")
+    await other.execute("SELECT pg_advisory_lock(7)")
+    async with anyio.create_task_group() as group:
+        group.start_soon(sessions.delete_expired)
+        await until_someone_waits(engine)
+        await other.execute("UPDATE sessions SET expires_at = $1 WHERE id = 'expired7'", to_db(clock.now + DAY))
+        await other.execute("SELECT pg_advisory_unlock(7)")
+    rows = await engine.fetch("SELECT id FROM sessions")
+    assert [row["id"] for row in rows] == ["expired7"]
 
 
 @pytest.mark.parametrize(
