@@ -299,7 +299,7 @@ class TopUser(Value):
 
 
 class Period(Value):
-    """A billing period, ``since <= t < until``. ``source`` is ``"provider"``, or ``"row"``: a month to the row's end."""
+    """A billing period, ``since <= t < until``; ``source`` says whether the provider or only the row told its end."""
 
     since: AwareDatetime
     until: AwareDatetime

@@ -16,11 +16,14 @@ from kitrocket.engine import Engine
 from kitrocket.inputs import normalised_email
 from kitrocket.kit import KitRocket
 from kitrocket.migrations import applied, find_exposed, is_foreign, pending
+from kitrocket.rollup import is_complete
 from kitrocket.settings import Settings
 from kitrocket.sql import statements
 
 _SQL = statements("doctor")
 
+#: What keeps the daily sums of usage exact.
+_USAGE_TRIGGERS = tuple(f"kitrocket_usage_{event}" for event in ("inserted", "updated", "deleted", "truncated"))
 #: How many users one line of a finding names.
 _MOST_NAMED = 20
 
@@ -49,6 +52,7 @@ def doctor(
                 await _better_auth(kit),
                 await _exposure(kit.engine),
                 await _addresses(kit.engine),
+                await _daily_sums(kit),
             ]
             await _say_oauth_tokens(kit)
             return all(checks)
@@ -151,6 +155,20 @@ async def _addresses(engine: Engine) -> bool:
     for row in twins[:_MOST_NAMED]:
         _wrong(f"users {_named(row['ids'])} have one e-mail address: keep one of them")
     return not lost and not twins
+
+
+async def _daily_sums(kit: KitRocket) -> bool:
+    """Tell of what would let the daily sums of usage drift, and of days that are still to be summed."""
+    if not kit.settings.usage_rollup:
+        return True
+    active = {row["name"]: row["enabled"] for row in await kit.engine.fetch(_SQL["usage_triggers"])}
+    idle = [name for name in _USAGE_TRIGGERS if active.get(name) != "O"]
+    for name in idle:
+        cure = f"ALTER TABLE usage ENABLE TRIGGER {name};" if name in active else "it is in the package's migrations"
+        _wrong(f"trigger {name} is {'off' if name in active else 'missing'}: {cure} Then kitrocket usage rebuild")
+    if not await is_complete(kit.engine):
+        _note("earlier usage is not summed by day yet: kitrocket db migrate goes on with it")
+    return not idle
 
 
 def _named(ids: Sequence[str] | dict[str, str]) -> str:

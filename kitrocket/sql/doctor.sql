@@ -22,6 +22,12 @@ WITH odd AS (
 )
 SELECT array_agg(id ORDER BY id) AS ids FROM everyone GROUP BY email HAVING count(DISTINCT id) > 1 ORDER BY 1;
 
+-- name: usage_triggers
+-- The triggers on usage, and whether each fires: 'O' when it does.
+SELECT tgname::text AS name, tgenabled::text AS enabled
+  FROM pg_trigger
+ WHERE tgrelid = 'public.usage'::regclass AND NOT tgisinternal;
+
 -- name: any_plain_oauth_token
 -- Whether an OAuth token is stored as the provider issued it.
 SELECT EXISTS (SELECT FROM accounts a WHERE a.access_token NOT LIKE 'f1$%' OR a.refresh_token NOT LIKE 'f1$%');

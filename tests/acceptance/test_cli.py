@@ -209,3 +209,15 @@ async def test_daily_sums_are_verified_rebuilt_and_outlive_pruned_calls(engine: 
     assert code == 1
     assert "since" in err
     assert await engine.fetchval("SELECT sum(tokens)::int FROM kitrocket.usage_daily") == 11
+
+
+async def test_the_doctor_names_a_trigger_that_is_off(engine: Engine, database_url: str) -> None:
+    await engine.fetch("ALTER TABLE usage DISABLE TRIGGER kitrocket_usage_updated")
+    await engine.fetch("DROP TRIGGER kitrocket_usage_deleted ON usage")
+    await engine.fetch("UPDATE kitrocket.usage_state SET rollup_from = '2026-01-01'")
+    code, out, _ = await kitrocket("doctor", url=database_url)
+    assert code == 1
+    assert "wrong  trigger kitrocket_usage_updated is off: ALTER TABLE usage ENABLE TRIGGER" in out
+    assert "wrong  trigger kitrocket_usage_deleted is missing" in out
+    assert "kitrocket_usage_inserted" not in out
+    assert "note   earlier usage is not summed by day yet" in out
