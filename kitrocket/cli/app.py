@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kitrocket.cli import database, operations, serving
+from kitrocket.cli import database, operations, serving, webhooks
 from kitrocket.cli.doctor import doctor
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -35,3 +35,4 @@ app.command()(doctor)
 app.add_typer(database.app, name="db")
 app.add_typer(operations.sessions, name="sessions")
 app.add_typer(operations.usage, name="usage")
+app.add_typer(webhooks.app, name="webhooks")
