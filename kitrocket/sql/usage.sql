@@ -21,6 +21,14 @@ ORDER BY id COLLATE "C"
 ON CONFLICT DO NOTHING
 RETURNING id;
 
+-- name: insert_one
+-- Record a batch of one, for less than the statement for many costs.
+-- $1 id, $2 user id, $3 tokens, $4 model, $5 instant.
+INSERT INTO usage (id, user_id, tokens_used, model, created_at)
+VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT DO NOTHING
+RETURNING id;
+
 -- name: recorded
 -- Read the rows that an insert found there already. It is a statement of its own because the insert's snapshot
 -- misses a row that was committed while the insert waited for it.

@@ -95,7 +95,13 @@ class Writer:
         """
         there: dict[str, asyncpg.Record] = {}
         for _ in range(_ROUNDS):
-            new = {row["id"] for row in await source.fetch(_SQL["insert"], *columns(calls))}
+            if len(calls) == 1:
+                [call] = calls
+                values = (call.id, call.user_id, call.tokens, call.model, to_db(call.at))
+                rows = await source.fetch(_SQL["insert_one"], *values)
+            else:
+                rows = await source.fetch(_SQL["insert"], *columns(calls))
+            new = {row["id"] for row in rows}
             taken = [call for call in calls if call.id not in new]
             if not taken:
                 return there

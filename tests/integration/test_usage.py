@@ -281,7 +281,7 @@ async def test_an_insert_whose_answer_was_lost_is_repeated_and_counts_once(
 
     async def lose(sql: str, *arguments: object, **options: Any) -> list[asyncpg.Record]:
         answer = await fetch(sql, *arguments, **options)
-        if sql == SQL["insert"] and len(lost) < 3:
+        if sql == SQL["insert_one"] and len(lost) < 3:
             lost.append(sql)
             raise DatabaseUnavailableError("the connection was lost") from ConnectionResetError()
         return answer
