@@ -13,6 +13,7 @@ import argon2
 import pytest
 import pytest_asyncio
 
+from dodo_server import DodoServer
 from kitrocket import passwords
 from kitrocket.engine import Engine
 from kitrocket.testing import ManualClock, PostgresServer
@@ -92,3 +93,12 @@ def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> argon2.PasswordHasher:
     monkeypatch.setattr(passwords, "_ARGON2", hasher)
     monkeypatch.setattr(passwords, "_DUMMY", hasher.hash("nobody's"))
     return hasher
+
+
+@pytest_asyncio.fixture
+async def dodo(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[DodoServer]:
+    """A provider to ask, on loopback."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = DodoServer()
+    async with server.running():
+        yield server

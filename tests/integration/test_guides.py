@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
+from dodo_server import DodoServer
 from factories import make_user
 from kitrocket.engine import Engine
 from kitrocket.kit import KitRocket
@@ -64,8 +65,13 @@ async def test_the_page_on_sessions(engine: Engine, clock: ManualClock) -> None:
     assert names["swept"].deleted == 0
 
 
-async def test_the_page_on_webhooks(engine: Engine, clock: ManualClock) -> None:
-    settings = Settings(dodo_payments_webhook_key=[KEY], dodo_products={"pdt_pro": "pro"})
+async def test_the_page_on_webhooks(engine: Engine, clock: ManualClock, dodo: DodoServer) -> None:
+    settings = Settings(
+        dodo_payments_webhook_key=[KEY],
+        dodo_products={"pdt_pro": "pro"},
+        dodo_payments_api_key="key",
+        dodo_payments_base_url=dodo.url,
+    )
     kit = KitRocket(settings, engine=engine, clock=clock, background=False)
     user_id = await make_user(engine)
     event = {

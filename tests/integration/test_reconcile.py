@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -22,14 +21,6 @@ from simulating import PRODUCTS as SIMULATED
 from storming import deliver_all, service_of
 
 pytestmark = pytest.mark.asyncio
-
-
-@pytest_asyncio.fixture
-async def dodo(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[DodoServer]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = DodoServer()
-    async with server.running():
-        yield server
 
 
 @pytest_asyncio.fixture
