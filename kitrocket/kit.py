@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from contextvars import Context
 from datetime import timedelta
 from functools import partial
@@ -26,6 +26,7 @@ from kitrocket.rotation import Rotation
 from kitrocket.sessions import SessionService
 from kitrocket.settings import Settings
 from kitrocket.subscriptions import SubscriptionService
+from kitrocket.tables import OWN_TABLES, SEED_TABLES
 from kitrocket.usage import UsageService
 from kitrocket.users import UserService
 
@@ -140,6 +141,7 @@ class KitRocket:
                 await migrate(self.engine)
             else:
                 await check(self.engine)
+            stack.enter_context(_serving_piccolo(self.engine))
             await stack.enter_async_context(self.sessions.coalescing())
             await stack.enter_async_context(self.usage.recording(_owned))
             if self._background:
@@ -232,6 +234,26 @@ async def _owned(work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator
             await asyncio.wait([task])
         if not task.cancelled() and (error := task.exception()) is not None:
             _logger.error("background work ended by itself", exc_info=error)
+
+
+@contextmanager
+def _serving_piccolo(engine: Engine) -> Iterator[None]:
+    """Let plain Piccolo queries on kitrocket's tables run on ``engine``, where no ``piccolo_conf`` says otherwise.
+
+    Without this ``await Users.select()`` beside a kit with settings of its own would start the embedded server. Of
+    several open kits the first one serves.
+    """
+    free = []
+    if choose_conf() == "kitrocket.conf":
+        unclaimed = (None, importlib.import_module("kitrocket.conf").DB)
+        free = [table for table in (*SEED_TABLES, *OWN_TABLES) if table._meta._db in unclaimed]
+    for table in free:
+        table._meta._db = engine
+    try:
+        yield
+    finally:
+        for table in free:
+            table._meta._db = None
 
 
 def _engine_of(settings: Settings) -> Engine:

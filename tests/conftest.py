@@ -61,6 +61,14 @@ async def empty_database(server: Server) -> AsyncIterator[str]:
     await server.direct.drop(name)
 
 
+@pytest_asyncio.fixture
+async def second_database(server: Server, template: str) -> AsyncIterator[str]:
+    """The name of another migrated database of this test's own."""
+    name = await server.direct.create(template=template)
+    yield name
+    await server.direct.drop(name)
+
+
 @pytest.fixture
 def database_url(server: Server, database: str) -> str:
     """The URL of a migrated database of this test's own."""

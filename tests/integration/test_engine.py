@@ -259,14 +259,6 @@ async def test_the_applications_own_piccolo_queries_join_when_the_engine_is_thei
     assert await Planets.count().run() == 0
 
 
-@pytest_asyncio.fixture
-async def second_database(server: Server, template: str) -> AsyncIterator[str]:
-    """Another migrated database."""
-    name = await server.direct.create(template=template)
-    yield name
-    await server.direct.drop(name)
-
-
 async def test_two_engines_on_two_databases_serve_one_table(
     engine: Engine, server: Server, second_database: str
 ) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import anyio
 import pytest
@@ -174,3 +176,42 @@ async def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatc
         issued = await kit.sessions.create(user.id)
         assert issued.session.expires_at - issued.session.created_at == timedelta(days=3)
         assert "PICCOLO_CONF" in os.environ
+
+
+WITHOUT_A_CONF = """
+import asyncio, os, sys
+from kitrocket import Engine, KitRocket, Settings
+from kitrocket.tables import Users
+
+async def main():
+    one, other = (Settings(database_url=url, background=False) for url in sys.argv[1:])
+    for _ in range(2):
+        async with KitRocket(one) as kit, KitRocket(other) as second:
+            try:
+                async with kit.transaction():
+                    user = await kit.users.create(email="ada@example.com", name="Ada")
+                    await Users.update({Users.name: "Eve"}).where(Users.id == user.id)
+                    assert (await kit.users.get(user.id)).name == "Eve"
+                    raise ZeroDivisionError
+            except ZeroDivisionError:
+                pass
+            assert await Users.count() == 0
+            assert await second.users.get("nobody") is None
+
+asyncio.run(main())
+assert not os.path.exists(".kitrocket")
+"""
+
+
+async def test_without_a_piccolo_conf_plain_queries_run_on_the_open_kit(
+    database_url: str, second_database: str, server: Server, tmp_path: Path
+) -> None:
+    ran = await anyio.run_process(
+        [sys.executable, "-c", WITHOUT_A_CONF, database_url, server.url(second_database)],
+        cwd=tmp_path,
+        # Named, because the piccolo_conf of this repository can be imported from everywhere.
+        env={name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+        | {"PICCOLO_CONF": "kitrocket.conf"},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr.decode()
