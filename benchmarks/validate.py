@@ -1,4 +1,4 @@
-"""How fast a session is checked, beside raw asyncpg, a default pool, Piccolo, SQLAlchemy and Tortoise.
+"""How fast a session is checked, beside raw asyncpg, a default pool, four ORMs and Better Auth.
 
     python benchmarks/validate.py
 
@@ -13,6 +13,15 @@ printed are medians of these, so that other load on the machine slows all alike.
 * piccolo, sqlalchemy, tortoise: a plain join of session and user, through Piccolo's ``select``, SQLAlchemy's ORM and
   Tortoise's. Tortoise is measured where it is installed: ``pip install --target FOLDER tortoise-orm``, and
   ``PYTHONPATH=FOLDER``.
+* drizzle, drizzle prepared: the same join through Drizzle's ``select`` on node, built anew each time or prepared once,
+  on as many connections as there are tasks.
+* better auth: its ``auth.api.getSession`` on node with a signed cookie, set up as in ``examples/better-auth``, on the
+  ten connections of its default pool.
+
+The peers on node are measured where it and their packages are: ``npm install --no-package-lock`` in
+``examples/better-auth``, or ``make test-better-auth``. They run in one process beside this one, told round by round
+what to do (``validate_peers.mjs``), and time themselves. They are warmed up until node has compiled them, and node
+collects garbage when it likes: made to do so before each round, as Python is, it checks a quarter to a half fewer.
 
 It exits with 1 when a goal is missed.
 """
@@ -21,7 +30,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
+import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -46,6 +58,7 @@ try:
 except ImportError:
     tortoise = None
 
+from kitrocket.better_auth import migrate_better_auth
 from kitrocket.clock import to_db, utc_now
 from kitrocket.embedded import EmbeddedServer
 from kitrocket.engine import Engine
@@ -66,8 +79,14 @@ JOIN = (
     " FROM sessions s JOIN users u ON u.id = s.user_id WHERE s.token = $1 AND s.expires_at > $2"
 )
 
+NODE_APPLICATION = Path(__file__).resolve().parents[1] / "examples" / "better-auth"
+WARM_UP = 4_000
+NODE_PEERS = Path(__file__).with_name("validate_peers.mjs")
+
 #: Checks a token; the number says which of the concurrent tasks asks.
 Check = Callable[[str, int], Awaitable[object]]
+#: Checks the tokens of each task; the answer is the seconds of all together, and those of each check.
+Play = Callable[[list[list[str]]], Awaitable[tuple[float, list[float]]]]
 
 
 @dataclass
@@ -75,7 +94,7 @@ class Contender:
     """``checks`` is how many tokens one round takes, all tasks together."""
 
     name: str
-    check: Check
+    play: Play
     checks: int = 160
     #: Tasks → checks a second, one figure a round.
     rates: dict[int, list[float]] = field(default_factory=lambda: {1: [], TASKS: []})
@@ -83,19 +102,9 @@ class Contender:
     delays: dict[int, list[float]] = field(default_factory=lambda: {1: [], TASKS: []})
 
     async def run(self, tasks: int) -> None:
-        delays = self.delays[tasks]
-
-        async def ask(task: int) -> None:
-            for token in some_tokens(self.checks // tasks):
-                before = time.perf_counter()
-                if await self.check(token, task) is None:
-                    raise RuntimeError(f"{self.name} found no session")
-                delays.append(time.perf_counter() - before)
-
-        gc.collect()
-        start = time.perf_counter()
-        await asyncio.gather(*(ask(task) for task in range(tasks)))
-        self.rates[tasks].append(self.checks / (time.perf_counter() - start))
+        elapsed, delays = await self.play([some_tokens(self.checks // tasks) for _ in range(tasks)])
+        self.rates[tasks].append(self.checks / elapsed)
+        self.delays[tasks] += delays
 
 
 @dataclass(frozen=True)
@@ -113,11 +122,15 @@ GOALS = [
     Goal("piccolo", 1, 5),
     Goal("sqlalchemy", 1, 5),
     Goal("tortoise", 1, 5),
+    Goal("drizzle prepared", 1, 1.0),
+    Goal("better auth", 1, 15),
     Goal("raw", TASKS, 1.2),
     Goal("pool", TASKS, 2.5),
     Goal("piccolo", TASKS, 12),
     Goal("sqlalchemy", TASKS, 12),
     Goal("tortoise", TASKS, 12),
+    Goal("drizzle prepared", TASKS, 1.3),
+    Goal("better auth", TASKS, 15),
 ]
 #: kitrocket's slowest hundredth against raw's, with 16 tasks.
 P99_AT_MOST = 2.0
@@ -178,6 +191,27 @@ async def fill(engine: Engine) -> None:
         now,
     )
     await engine.fetch("VACUUM ANALYZE")
+
+
+def here(check: Check) -> Play:
+    """A round in this process."""
+
+    async def play(tokens: list[list[str]]) -> tuple[float, list[float]]:
+        delays: list[float] = []
+
+        async def ask(task: int) -> None:
+            for token in tokens[task]:
+                before = time.perf_counter()
+                if await check(token, task) is None:
+                    raise LookupError(f"no session of {token}")
+                delays.append(time.perf_counter() - before)
+
+        gc.collect()
+        start = time.perf_counter()
+        await asyncio.gather(*(ask(task) for task in range(len(tokens))))
+        return time.perf_counter() - start, delays
+
+    return play
 
 
 async def check_raw(connection: asyncpg.Connection[asyncpg.Record], token: str) -> object:
@@ -285,8 +319,69 @@ async def by_tortoise(address: dict[str, Any]) -> AsyncIterator[list[Contender]]
             .first()
         )
 
-    yield [Contender("tortoise", check, 48)]
+    yield [Contender("tortoise", here(check), 48)]
     await tortoise.Tortoise.close_connections()
+
+
+def missing_on_node() -> str | None:
+    if shutil.which("node") is None:
+        return "node is not installed"
+    if not all((NODE_APPLICATION / "node_modules" / name).is_dir() for name in ("better-auth", "tsx")):
+        return f"their packages are not in {NODE_APPLICATION.name}/node_modules, where npm install puts them"
+    return None
+
+
+def on_node(process: asyncio.subprocess.Process, peer: str) -> Play:
+    """A round of a peer in the node process."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    told, heard = process.stdin, process.stdout
+
+    async def play(tokens: list[list[str]]) -> tuple[float, list[float]]:
+        told.write(json.dumps({"peer": peer, "tokens": tokens}).encode() + b"\n")
+        line = await heard.readline()
+        if not line:
+            raise RuntimeError(f"node ended in a round of {peer}")
+        answer = json.loads(line)
+        return answer["elapsed"] / 1e9, [delay / 1e9 for delay in answer["delays"]]
+
+    return play
+
+
+@asynccontextmanager
+async def by_node(engine: Engine, url: URL) -> AsyncIterator[list[Contender]]:
+    """Drizzle's and Better Auth's contenders, where node and their packages are."""
+    if missing := missing_on_node():
+        print(f"node peers left out: {missing}", file=sys.stderr)
+        yield []
+        return
+    await migrate_better_auth(engine)
+    process = await asyncio.create_subprocess_exec(
+        *("node", "--import", "tsx", "--input-type=module", "--eval", NODE_PEERS.read_text("utf-8")),
+        cwd=NODE_APPLICATION,
+        env={
+            "PATH": os.environ["PATH"],
+            "NODE_ENV": "production",
+            "DATABASE_URL": url.render_as_string(),
+            "CONNECTIONS": str(TASKS),
+            "BETTER_AUTH_URL": "http://127.0.0.1",
+            "BETTER_AUTH_SECRET": "a secret of a benchmark with thirty-two bytes",
+            "BETTER_AUTH_TELEMETRY": "0",
+        },
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    peers = [
+        Contender("drizzle", on_node(process, "drizzle"), 320),
+        Contender("drizzle prepared", on_node(process, "drizzle prepared"), 320),
+        Contender("better auth", on_node(process, "better auth"), 320),
+    ]
+    try:
+        for peer in peers:  # until node has compiled what runs often
+            await peer.play([some_tokens(WARM_UP // TASKS) for _ in range(TASKS)])
+        yield peers
+    finally:
+        await process.communicate(b"")  # closes its input, which ends it
 
 
 @asynccontextmanager
@@ -297,26 +392,27 @@ async def contenders(server: EmbeddedServer) -> AsyncIterator[list[Contender]]:
         await fill(engine)
         held = [await asyncpg.connect(**address) for _ in range(TASKS)]
         service = SessionService(engine)
-        alchemy = create_async_engine(
-            URL.create(
-                "postgresql+asyncpg",
-                username=address["user"],
-                database=address["database"],
-                query={"host": address["host"], "port": str(address["port"])},
-            )
+        url = URL.create(
+            "postgresql",
+            username=address["user"],
+            database=address["database"],
+            query={"host": address["host"], "port": str(address["port"])},
         )
-        async with service.coalescing(), by_tortoise(address) as more:
+        alchemy = create_async_engine(url.set(drivername="postgresql+asyncpg"))
+        async with service.coalescing(), by_tortoise(address) as more, by_node(engine, url) as node:
+            checks: dict[str, Check] = {
+                "kitrocket": lambda token, _task: service.validate(token),
+                "raw": lambda token, task: check_raw(held[task], token),
+                "raw, 4 shared": raw_shared(held[:4]),
+                "raw join": lambda token, task: held[task].fetchrow(JOIN, digest(token), to_db(utc_now())),
+                "pool": lambda token, _task: pool.fetchrow(STATEMENT, digest(token), to_db(utc_now()), *POLICY),
+            }
             yield [
-                Contender("kitrocket", lambda token, _task: service.validate(token)),
-                Contender("raw", lambda token, task: check_raw(held[task], token)),
-                Contender("raw, 4 shared", raw_shared(held[:4])),
-                Contender("raw join", lambda token, task: held[task].fetchrow(JOIN, digest(token), to_db(utc_now()))),
-                Contender(
-                    "pool", lambda token, _task: pool.fetchrow(STATEMENT, digest(token), to_db(utc_now()), *POLICY)
-                ),
-                Contender("piccolo", by_piccolo(engine), 48),
-                Contender("sqlalchemy", by_sqlalchemy(alchemy), 48),
+                *(Contender(name, here(check)) for name, check in checks.items()),
+                Contender("piccolo", here(by_piccolo(engine)), 48),
+                Contender("sqlalchemy", here(by_sqlalchemy(alchemy)), 48),
                 *more,
+                *node,
             ]
         await alchemy.dispose()
         for connection in held:
