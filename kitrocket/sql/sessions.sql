@@ -44,7 +44,7 @@ WITH due AS MATERIALIZED (
     WHERE s.token = $1
       AND s.expires_at > $2
       AND ($5::interval IS NULL OR s.created_at + $5::interval > $2)
-      AND s.expires_at - s.created_at >= $3::interval - interval '60 seconds'
+      AND s.expires_at >= s.created_at + $3::interval - interval '60 seconds'
       AND s.expires_at - $3::interval + $4::interval <= $2
       AND s.expires_at < least($2::timestamp + $3::interval, s.created_at + $5::interval)
     FOR NO KEY UPDATE SKIP LOCKED
@@ -88,7 +88,7 @@ WITH asked AS MATERIALIZED (
     JOIN sessions s ON s.token = a.token
     WHERE s.expires_at > a.instant
       AND ($5::interval IS NULL OR s.created_at + $5::interval > a.instant)
-      AND s.expires_at - s.created_at >= $3::interval - interval '60 seconds'
+      AND s.expires_at >= s.created_at + $3::interval - interval '60 seconds'
       AND s.expires_at - $3::interval + $4::interval <= a.instant
       AND s.expires_at < least(a.instant + $3::interval, s.created_at + $5::interval)
     FOR NO KEY UPDATE OF s SKIP LOCKED
@@ -230,7 +230,7 @@ WITH locked AS MATERIALIZED (
         created_at = CASE WHEN $8 THEN $3 ELSE s.created_at END,
         expires_at = CASE
             WHEN NOT $8 THEN s.expires_at
-            WHEN s.expires_at - s.created_at < least($4::interval, $6::interval) - interval '60 seconds' THEN
+            WHEN s.expires_at < s.created_at + least($4::interval, $6::interval) - interval '60 seconds' THEN
                 $3::timestamp + least($5::interval, $6::interval)
             ELSE $3::timestamp + least($4::interval, $6::interval)
         END

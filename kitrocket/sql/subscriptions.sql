@@ -229,8 +229,8 @@ known AS (
             WHEN
                 m.status = 'active' AND m.trial_period_days > 0 AND NOT m.charged AND $2 < m.next_billing_date
                 AND m.previous_billing_date < m.created_at + make_interval(days => least(m.trial_period_days, 366000))
-                AND m.next_billing_date - m.previous_billing_date
-                <= make_interval(days => least(m.trial_period_days, 366000) + 2)
+                AND m.next_billing_date
+                <= m.previous_billing_date + make_interval(days => least(m.trial_period_days, 366000) + 2)
                 THEN 'trial'
             WHEN m.status = 'active' AND m.cancel_at_next_billing_date THEN 'leaving'
             WHEN
