@@ -268,9 +268,8 @@ def _engine_of(settings: Settings) -> Engine:
 
 
 def _embedded_of(settings: Settings) -> EmbeddedServer:
-    from kitrocket.embedded import (
-        EmbeddedServer,  # only here: it needs a POSIX system, and kitrocket with a URL does not
-    )
+    # Only here: it needs a POSIX system, and kitrocket with a URL does not.
+    from kitrocket.embedded import EmbeddedServer
 
     return EmbeddedServer(settings.data_dir, bin_dir=settings.pg_bin, account=settings.pg_account)
 

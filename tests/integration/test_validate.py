@@ -256,6 +256,17 @@ async def test_the_cap_holds_against_another_writer(
         assert found.refreshed is False
 
 
+@pytest.mark.parametrize("refresh", [True, False])
+async def test_another_writers_infinite_expiry_is_capped(
+    engine: Engine, sessions: SessionService, clock: ManualClock, refresh: bool
+) -> None:
+    issued = await sessions.create(await make_user(engine))
+    await engine.fetch("UPDATE sessions SET expires_at = 'infinity'")
+    found = await sessions.validate(issued.token, refresh=refresh)
+    assert found is not None
+    assert found.session.expires_at == clock.now + 30 * DAY
+
+
 async def test_without_a_cap_a_session_slides_for_ever(engine: Engine, clock: ManualClock) -> None:
     sessions = SessionService(engine, clock=clock, max_lifetime=None)
     issued = await sessions.create(await make_user(engine))
