@@ -5,6 +5,8 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Each worker has its own server; a debugger wants `make test PYTEST="-n 0 --pdb"`.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help
 help: ## Print this list
@@ -26,7 +28,7 @@ up: $(READY) ## The same, then keep serving with the Studio open to look at
 
 .PHONY: test
 test: $(READY) ## Run the tests (under 10 minutes)
-	@$(BIN)/python -m pytest -m "not storm and not faults and not scale and not node" $(PYTEST)
+	@$(BIN)/python -m pytest $(WORKERS) -m "not storm and not faults and not scale and not node" $(PYTEST)
 
 .PHONY: lint
 lint: $(READY) ## Check format, style, types and floors
@@ -63,11 +65,11 @@ test-better-auth: $(READY) ## Run Better Auth's and Drizzle's own packages again
 
 .PHONY: test-postgres15
 test-postgres15: $(READY) ## Run the tests on Debian's PostgreSQL 15 (apt-get install postgresql-15)
-	@$(BIN)/python scripts/with_postgres.py -- $(BIN)/python -m pytest -m "not storm and not faults and not scale and not browser and not node" $(PYTEST)
+	@$(BIN)/python scripts/with_postgres.py -- $(BIN)/python -m pytest $(WORKERS) -m "not storm and not faults and not scale and not browser and not node" $(PYTEST)
 
 .PHONY: test-pooler
 test-pooler: $(READY) ## Run the integration tests through PgBouncer in transaction mode (apt-get install pgbouncer)
-	@$(BIN)/python scripts/with_postgres.py --pooler -- $(BIN)/python -m pytest -m "not storm and not faults and not scale and not browser and not node" tests/integration $(PYTEST)
+	@$(BIN)/python scripts/with_postgres.py --pooler -- $(BIN)/python -m pytest $(WORKERS) -m "not storm and not faults and not scale and not browser and not node" tests/integration $(PYTEST)
 
 .PHONY: bench
 bench: $(READY) ## Measure against the raw driver and peers, in ratios

@@ -116,7 +116,6 @@ class Made:
 
 @pytest.fixture(scope="session")
 def made() -> Iterator[Made]:
-    existed = SHARED.exists()
     folder = Path(tempfile.mkdtemp(prefix="kitrocket-embedded-"))
     folder.chmod(0o755)
     one = _server(folder / "pg")
@@ -125,8 +124,6 @@ def made() -> Iterator[Made]:
     one.release()
     yield Made(one.data_dir, programs)
     shutil.rmtree(folder)
-    if not existed and all(path.name == "locks" or path.name.startswith("postgresql-") for path in _shared()):
-        shutil.rmtree(SHARED, ignore_errors=True)
 
 
 @pytest.fixture

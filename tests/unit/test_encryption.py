@@ -52,7 +52,9 @@ def test_a_token_that_no_key_reads(keys: list[str]) -> None:
         TokenCipher(keys).decrypt(stored)
 
 
-@pytest.mark.parametrize("key", ["", "short", "x" * 44, NEW[:-2], "ü" * 44])
+@pytest.mark.parametrize(
+    "key", ["", "short", "x" * 44, NEW[:-2], "ü" * 44], ids=["empty", "short", "too long", "cut", "no ASCII"]
+)
 def test_a_bad_key_is_named_by_its_setting_and_not_quoted(key: str) -> None:
     with pytest.raises(ConfigurationError, match="KITROCKET_TOKEN_KEYS") as caught:
         TokenCipher([NEW, key])
