@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from datetime import UTC, datetime, timedelta
+from typing import cast
 
 from kitrocket.errors import InvalidInputError
 
@@ -29,22 +30,30 @@ def text(field: str, value: object, *, max: int, min: int = 1, pattern: re.Patte
 
     ``pattern`` must match the whole of it. NUL and lone surrogates are refused.
     """
-    expected = f"text of {min} to {max} characters" if min else f"text of at most {max} characters"
-    if pattern is not None:
-        expected += f" that matches {pattern.pattern}"
+    # What is expected is put into words only for an error: this is part of every request.
+    problem = _text_problem(value, max, min, pattern)
+    if problem is not None:
+        expected = f"text of {min} to {max} characters" if min else f"text of at most {max} characters"
+        if pattern is not None:
+            expected += f" that matches {pattern.pattern}"
+        raise InvalidInputError(field, problem, expected)
+    return cast("str", value)
+
+
+def _text_problem(value: object, max: int, min: int, pattern: re.Pattern[str] | None) -> str | None:
     if not isinstance(value, str):
-        raise InvalidInputError(field, f"it is a {type(value).__name__}", expected)
+        return f"it is a {type(value).__name__}"
     if len(value) < min:
-        raise InvalidInputError(field, "it is empty" if not value else "it is too short", expected)
+        return "it is too short" if value else "it is empty"
     if len(value) > max:
-        raise InvalidInputError(field, "it is too long", expected)
+        return "it is too long"
     if "\0" in value:
-        raise InvalidInputError(field, "it has a NUL character", expected)
-    if _SURROGATE.search(value):
-        raise InvalidInputError(field, "it has a lone surrogate", expected)
+        return "it has a NUL character"
+    if not value.isascii() and _SURROGATE.search(value):
+        return "it has a lone surrogate"
     if pattern is not None and pattern.fullmatch(value) is None:
-        raise InvalidInputError(field, "it has a character that is not allowed", expected)
-    return value
+        return "it has a character that is not allowed"
+    return None
 
 
 def identifier(field: str, value: object) -> str:

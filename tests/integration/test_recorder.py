@@ -90,8 +90,8 @@ def call(kit: KitRocket, user_id: str, id: str | None = None, tokens: int = 1) -
 
 
 async def queued(kit: KitRocket, count: int) -> None:
-    """Return once so many calls are in the stream."""
-    while kit.usage._recorder._receive.statistics().current_buffer_used < count:
+    """Return once so many calls are in the queue."""
+    while len(kit.usage._recorder._queue) < count:
         await anyio.lowlevel.checkpoint()
 
 
@@ -199,14 +199,14 @@ async def test_a_row_that_cannot_be_stored_fails_alone(
     assert len(await ids(engine)) == 499 + 2
 
 
-async def test_bad_input_never_reaches_the_stream(engine: Engine) -> None:
+async def test_bad_input_never_reaches_the_queue(engine: Engine) -> None:
     async with running(engine) as kit:
         with pytest.raises(InvalidInputError):
             await kit.usage.record("ada", tokens=-1, model="m")
-        assert kit.usage._recorder._receive.statistics().current_buffer_used == 0
+        assert len(kit.usage._recorder._queue) == 0
 
 
-async def test_what_is_cancelled_in_the_stream_is_not_recorded(engine: Engine, server: Server) -> None:
+async def test_what_is_cancelled_in_the_queue_is_not_recorded(engine: Engine, server: Server) -> None:
     user_id = await make_user(engine)
     async with (
         running(engine) as kit,
@@ -255,16 +255,17 @@ async def test_random_cancellations_lose_nothing_that_was_acknowledged(engine: E
     assert acknowledged <= set(await ids(engine))
 
 
-async def test_callers_wait_while_the_stream_is_full(engine: Engine, server: Server) -> None:
+async def test_callers_wait_while_the_queue_is_full(engine: Engine, server: Server) -> None:
     user_id = await make_user(engine)
     async with running(engine, usage_queue_size=10) as kit:
-        stream = kit.usage._recorder._receive
+        waits = kit.usage._recorder
         async with anyio.create_task_group() as group, stalled(engine, server, kit, user_id, group):
             for _ in range(100):
                 group.start_soon(call(kit, user_id))
-            while stream.statistics().tasks_waiting_send < 90:
+            while waits._places.statistics().tasks_waiting < 90:
                 await anyio.lowlevel.checkpoint()
-            assert stream.statistics().current_buffer_used == 10
+                assert len(waits._queue) <= 10
+            assert len(waits._queue) == 10
         assert len(await ids(engine)) == 102
 
 
