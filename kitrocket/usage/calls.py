@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import NamedTuple, cast
 
 import asyncpg
 from pydantic import BaseModel
@@ -24,8 +24,7 @@ _NAMES = frozenset(UsageEntry.model_fields)
 _REQUIRED = ("user_id", "tokens", "model")
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """A call as it is to be written.
 
     ``is_given`` says that the id is the caller's, so that it may be known already; ``is_late`` that the call may lie in
@@ -51,17 +50,32 @@ class Call:
 
 
 def checked(
-    prefix: str, *, now: datetime, user_id: object, tokens: object, model: object, id: object = None, at: object = None
+    prefix: str,
+    *,
+    now: datetime,
+    user_id: object,
+    tokens: object,
+    model: object,
+    id: object = None,
+    at: object = None,
+    labels: set[str] | None = None,
 ) -> Call:
-    """Check a call's values; ``prefix`` stands before their names in an error."""
+    """Check a call's values; ``prefix`` stands before their names in an error.
+
+    ``labels`` are texts that were found good as users and models before; those of this call are added.
+    """
+    labels = set() if labels is None else labels
     when = now if at is None else instant(f"{prefix}at", at)
     if when > now + FUTURE_LIMIT:
         raise InvalidInputError(f"{prefix}at", "it is in the future", "a time at most 5 minutes ahead of the clock")
+    for name, value in (("user_id", user_id), ("model", model)):
+        if not isinstance(value, str) or value not in labels:
+            labels.add(label(f"{prefix}{name}", value))
     return Call(
-        user_id=label(f"{prefix}user_id", user_id),
-        tokens=whole_number(f"{prefix}tokens", tokens),
-        model=label(f"{prefix}model", model),
         id=new_usage_id(now) if id is None else label(f"{prefix}id", id),
+        user_id=cast("str", user_id),
+        tokens=whole_number(f"{prefix}tokens", tokens),
+        model=cast("str", model),
         at=when,
         is_given=id is not None,
         is_late=when < now - LATE_AFTER,
@@ -69,19 +83,29 @@ def checked(
     )
 
 
-def read(field: str, entry: object, now: datetime) -> Call:
-    """Read an entry of ``record_many``."""
+def read_all(entries: Iterable[object], now: datetime) -> Iterator[Call]:
+    """Read the entries of ``record_many``: an error's field names the entry."""
+    labels: set[str] = set()
+    for number, entry in enumerate(entries):
+        # Names are made only for an error, and what many entries share is checked once: there may be 50,000.
+        try:
+            call = _read(entry, now, labels)
+        except InvalidInputError as error:
+            field = ".".join(filter(None, (f"entries[{number}]", error.field)))
+            raise InvalidInputError(field, error.problem, error.expected) from None
+        yield call._replace(prefix=f"entries[{number}].") if call.is_late else call
+
+
+def _read(entry: object, now: datetime, labels: set[str]) -> Call:
     values = dict(entry) if isinstance(entry, BaseModel | Mapping) else None
     if values is None:
-        raise InvalidInputError(
-            field, f"it is a {type(entry).__name__}", "a UsageEntry or a mapping with record's names"
-        )
+        raise InvalidInputError("", f"it is a {type(entry).__name__}", "a UsageEntry or a mapping with record's names")
     if not values.keys() <= _NAMES:
-        raise InvalidInputError(field, "it has a name that record does not know", ", ".join(sorted(_NAMES)))
+        raise InvalidInputError("", "it has a name that record does not know", ", ".join(sorted(_NAMES)))
     for name in _REQUIRED:
         if name not in values:
-            raise InvalidInputError(f"{field}.{name}", "it is missing", "a value")
-    return checked(f"{field}.", now=now, **values)
+            raise InvalidInputError(name, "it is missing", "a value")
+    return checked("", now=now, labels=labels, **values)
 
 
 def columns(calls: Sequence[Call]) -> tuple[list[str], list[str], list[int], list[str], list[datetime]]:

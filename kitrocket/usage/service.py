@@ -25,7 +25,7 @@ from kitrocket.models import (
     UsageRecord,
     VerifyResult,
 )
-from kitrocket.usage.calls import Call, checked, read
+from kitrocket.usage.calls import Call, checked, read_all
 from kitrocket.usage.recorder import Owner, Recorder
 from kitrocket.usage.sums import Sums
 from kitrocket.usage.upkeep import midnight, prune, rebuild, verify
@@ -98,12 +98,11 @@ class UsageService:
             raise InvalidInputError("entries", f"it is a {type(entries).__name__}", "an iterable of entries")
         calls: dict[str, Call] = {}
         count = 0
-        for number, entry in enumerate(entries):
-            call = read(f"entries[{number}]", entry, now)
+        for call in read_all(entries, now):
             if not calls.setdefault(call.id, call).is_same_as(call):
                 raise UsageConflictError(call.id)
             count += 1
-        there = await self._writer.write(sorted(calls.values(), key=lambda call: call.id)) if calls else {}
+        there = await self._writer.write([calls[id] for id in sorted(calls)]) if calls else {}
         inserted = sum(1 for call in calls.values() if call.id not in there or not call.is_given)
         return RecordedUsage(inserted=inserted, duplicates=count - inserted)
 
