@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -25,6 +26,7 @@ try:
     from starlette.responses import JSONResponse, PlainTextResponse
     from starlette.routing import BaseRoute, Mount, Route
     from starlette.types import ASGIApp, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise MissingExtraError("the server", "server") from error
 
@@ -38,6 +40,8 @@ _DRAIN_LIMIT = 3
 _READY_LIMIT = 2.0
 #: The largest head of a request, in bytes.
 _HEAD_LIMIT = 32 * 1024
+#: How long a connection may take to send one, in seconds.
+_HEAD_SECONDS = 10.0
 
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{0,5})?")
 
@@ -109,6 +113,37 @@ class _Guard:
         await self._app(scope, receive, send)
 
 
+class _Protocol(H11Protocol):
+    """uvicorn's, which alone would wait for ever for the head of a request; here the connection is closed.
+
+    Between two requests uvicorn closes it after ``timeout_keep_alive`` in which nothing came.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        super().connection_made(transport)
+        self._expect_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _expect_head(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(_HEAD_SECONDS, self._close_without_request)
+
+    def _close_without_request(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
 class Server(uvicorn.Server):
     """uvicorn, told when to stop by :func:`serve` instead of by handlers of its own.
 
@@ -140,7 +175,7 @@ async def serve(
     """
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=_Protocol,
         ws="none",
         lifespan="off",
         log_level=log_level,

@@ -104,6 +104,8 @@ class Settings(BaseSettings):
     renewal_leeway_hours: int = Field(default=72, ge=0)
     dispute_policy: Literal["flag", "suspend"] = "flag"
     webhook_max_bytes: int = Field(default=2_097_152, ge=1)
+    #: How many deliveries the endpoint works on at once in a process; further ones wait for up to 5 s, then get 503.
+    webhook_concurrency: int = Field(default=8, ge=1, le=1000)
     webhook_max_attempts: int = Field(default=8, ge=1)
     #: How often parked and failed webhooks are tried again, and rows that time alone changes are written; zero: never.
     webhook_retry_interval: timedelta = timedelta(seconds=60)

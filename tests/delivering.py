@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from typing import Any
@@ -125,3 +126,76 @@ def dispute(status: str, timestamp: str) -> dict[str, Any]:
         "amount": "18.66",
     }
     return {"type": f"dispute.{status}", "timestamp": timestamp, "data": data}
+
+
+def junk(now: datetime) -> Iterator[tuple[bytes, dict[str, str]]]:
+    """More than 300 deliveries that are none."""
+    body = json.dumps(PAYLOADS["02"]).encode()
+
+    def signed(content: bytes, **options: Any) -> tuple[bytes, dict[str, str]]:
+        return content, sign(content, **{"key": KEY, "webhook_id": "msg_junk", "at": now} | options)
+
+    good = signed(body)[1]
+    words = [
+        "",
+        " ",
+        "\0",
+        "é",
+        "\n",
+        "x" * 300,
+        "nan",
+        "1e400",
+        "1.5",
+        "-1",
+        "\u0661",
+        "0x10",
+        "null",
+        "[]",
+        "'",
+        "💥",
+    ]
+    for name in good:
+        yield body, {key: value for key, value in good.items() if key != name}
+        yield body, good | {name.upper(): good[name]}
+        for word in words:
+            yield body, good | {name: word}
+            # A second entry beside a good one is what a rotation of keys looks like.
+            if (name, word) != ("webhook-signature", " "):
+                yield body, good | {name: good[name] + word + "x"}
+    for signature in ("v1", "v1,", "v1,a,b", "v2," + "A" * 44, "v1," + "A" * 44, "v1," + "=" * 44, "v1,x " * 10_000):
+        yield body, good | {"webhook-signature": signature}
+    for seconds in (301, -301, 3600, -3600, 86_400 * 365):
+        yield signed(body, at=now + timedelta(seconds=seconds))
+    rng = random.Random(1)
+    for _ in range(60):
+        changed = bytearray(body)
+        changed[rng.randrange(len(body))] ^= 1 + rng.randrange(255)
+        yield bytes(changed), good
+        yield signed(body, webhook_id=f"msg_{rng.random()}")[0], good | {"webhook-id": f"msg_{rng.random()}"}
+    for text in (
+        *(
+            "",
+            " ",
+            "null",
+            "1",
+            '"x"',
+            "[]",
+            "{",
+            "{}",
+            "[" * 100_000,
+            '{"a":' * 10_000,
+            "1" * 5000,
+            "NaN",
+            '{"a": NaN}',
+        ),
+        *('{"type": 1}', '{"type": ""}', '{"type": "x"}', '{"type": "x", "timestamp": "soon", "data": {}}'),
+        *('{"type": "x", "timestamp": 1, "data": {}}', '{"type": "x", "timestamp": "2026-03-01", "data": []}'),
+        '{"type": "' + "x" * 256 + '", "timestamp": "2026-03-01", "data": {}}',
+        '{"type": "x\\ud800", "timestamp": "2026-03-01", "data": {}}',
+    ):
+        yield signed(text.encode())
+    for bad in (b"\xff", b"\xfe\xff" + body, body[:-1] + b"\x80}", body.decode().encode("utf-16")):
+        yield bad, good
+    yield b"x" * 2_097_153, good
+    for cut in range(0, len(body) - 1, len(body) // 60):
+        yield signed(body[:cut])

@@ -1,4 +1,4 @@
-"""Sign up, in and out with BlackSheep: `uvicorn app:app` in this folder.
+"""Sign up, in and out, and webhooks, with BlackSheep: `uvicorn app:app` in this folder.
 
 Over plain http, as on your own machine, set KITROCKET_SESSION_COOKIE_SECURE=0.
 """
@@ -14,12 +14,14 @@ from kitrocket.integrations.blacksheep import (
     current_session,
     current_user,
     current_visit,
+    mount_webhooks,
     optional_user,
     require_fresh,
 )
 
 kit = KitRocket()
 site = Application()
+mount_webhooks(site, kit)
 app = SessionMiddleware(site, kit=kit)
 
 

@@ -1,4 +1,4 @@
-"""Sign up, in and out with FastAPI: `uvicorn app:app` in this folder.
+"""Sign up, in and out, and webhooks, with FastAPI: `uvicorn app:app` in this folder.
 
 Over plain http, as on your own machine, set KITROCKET_SESSION_COOKIE_SECURE=0.
 """

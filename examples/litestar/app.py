@@ -1,4 +1,4 @@
-"""Sign up, in and out with Litestar: `uvicorn app:app` in this folder.
+"""Sign up, in and out, and webhooks, with Litestar: `uvicorn app:app` in this folder.
 
 Over plain http, as on your own machine, set KITROCKET_SESSION_COOKIE_SECURE=0.
 """
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from kitrocket import EmailTakenError, InvalidInputError, KitRocket, Session, User
 from kitrocket.integrations.asgi import Visit
-from kitrocket.integrations.litestar import SessionMiddleware, session_dependencies
+from kitrocket.integrations.litestar import SessionMiddleware, session_dependencies, webhook_handler
 
 kit = KitRocket()
 
@@ -96,7 +96,7 @@ async def lifespan(_app: Litestar) -> AsyncIterator[None]:
 
 
 app = Litestar(
-    route_handlers=[home, sign_up, sign_in, me, devices, sign_out, delete_me],
+    route_handlers=[home, sign_up, sign_in, me, devices, sign_out, delete_me, webhook_handler(kit)],
     middleware=[DefineMiddleware(SessionMiddleware, kit=kit)],
     dependencies=session_dependencies,
     exception_handlers={InvalidInputError: refuse},

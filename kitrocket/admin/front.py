@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import anyio
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -14,6 +15,8 @@ logger = logging.getLogger("kitrocket")
 
 #: The largest body, in bytes: a form of one row.
 _BODY_LIMIT = 1_048_576
+#: How long one may take to arrive, in seconds.
+_BODY_SECONDS = 20.0
 #: No other page may frame the Studio, and no cache may keep a row.
 _HEADERS = [
     (b"x-frame-options", b"DENY"),
@@ -53,8 +56,13 @@ class Front:
             return
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             try:
-                body = await _body(Request(scope, receive))
+                with anyio.fail_after(_BODY_SECONDS):
+                    body = await _body(Request(scope, receive))
             except ClientDisconnect:
+                return
+            except TimeoutError:
+                late = JSONResponse({"detail": "The body takes too long."}, 408, {"connection": "close"})
+                await late(scope, receive, send)
                 return
             refusal = _refusal(scope, body)
             if refusal is not None:

@@ -1,7 +1,7 @@
-"""BlackSheep: who is signed in.
+"""BlackSheep: who is signed in, and the endpoint that receives DodoPayments' webhooks.
 
 ``asgi = SessionMiddleware(app, kit=kit)`` is what the server runs; then ``await current_user(request)`` in a handler.
-The extra is ``pip install "kitrocket[blacksheep]"``.
+``mount_webhooks(app, kit)`` receives webhooks. The extra is ``pip install "kitrocket[blacksheep]"``.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from typing import cast
 
 from kitrocket.errors import MissingExtraError, SessionNotFreshError
 from kitrocket.integrations.asgi import Scope, SessionMiddleware, Visit, visit_of
+from kitrocket.integrations.webhooks import WebhookEndpoint
+from kitrocket.kit import KitRocket
 from kitrocket.models import Session, User
 
 try:
-    from blacksheep import Request
+    from blacksheep import Application, Request
     from blacksheep.exceptions import Forbidden, Unauthorized
 except ImportError as error:
     raise MissingExtraError("the BlackSheep integration", "blacksheep") from error
@@ -23,9 +25,15 @@ __all__ = [
     "current_session",
     "current_user",
     "current_visit",
+    "mount_webhooks",
     "optional_user",
     "require_fresh",
 ]
+
+
+def mount_webhooks(app: Application, kit: KitRocket, path: str = "/webhooks/dodo") -> None:
+    """Mount a :class:`WebhookEndpoint`, which says what it answers, at ``path`` of an application."""
+    app.mount(path, WebhookEndpoint(kit))
 
 
 async def current_visit(request: Request) -> Visit:

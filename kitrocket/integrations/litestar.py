@@ -1,19 +1,24 @@
-"""Litestar: who is signed in, as dependencies.
+"""Litestar: who is signed in, as dependencies, and the handler that receives DodoPayments' webhooks.
 
 ``Litestar(middleware=[DefineMiddleware(SessionMiddleware, kit=kit)], dependencies=session_dependencies)``, then
-``current_user: User`` in a handler. The extra is ``pip install "kitrocket[litestar]"``.
+``current_user: User`` in a handler. ``Litestar(route_handlers=[webhook_handler(kit)])`` receives webhooks. The extra is
+``pip install "kitrocket[litestar]"``.
 """
 
 from __future__ import annotations
 
 from kitrocket.errors import MissingExtraError, SessionNotFreshError
 from kitrocket.integrations.asgi import SessionMiddleware, Visit, visit_of
+from kitrocket.integrations.webhooks import WebhookEndpoint
+from kitrocket.kit import KitRocket
 from kitrocket.models import Session, User
 
 try:
+    from litestar import asgi
     from litestar.di import Provide
     from litestar.exceptions import NotAuthorizedException, PermissionDeniedException
-    from litestar.types import Scope
+    from litestar.handlers import ASGIRouteHandler
+    from litestar.types import Receive, Scope, Send
 except ImportError as error:
     raise MissingExtraError("the Litestar integration", "litestar") from error
 
@@ -25,7 +30,19 @@ __all__ = [
     "optional_user",
     "require_fresh",
     "session_dependencies",
+    "webhook_handler",
 ]
+
+
+def webhook_handler(kit: KitRocket, path: str = "/webhooks/dodo") -> ASGIRouteHandler:
+    """Return the route handler of a :class:`WebhookEndpoint`, which says what it answers."""
+    endpoint = WebhookEndpoint(kit)
+
+    @asgi(path, copy_scope=True)
+    async def receive_webhook(scope: Scope, receive: Receive, send: Send) -> None:
+        await endpoint(scope, receive, send)  # type: ignore[arg-type]  # Litestar's scope is a TypedDict
+
+    return receive_webhook
 
 
 async def current_visit(scope: Scope) -> Visit:

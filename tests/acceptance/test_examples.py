@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -15,9 +16,13 @@ import anyio
 import httpx
 import pytest
 
+import factories
+from delivering import KEY, PAYLOADS, PRODUCTS, USER
+from kitrocket.clock import utc_now
 from kitrocket.engine import Engine
 from kitrocket.kit import KitRocket
 from kitrocket.settings import Settings
+from kitrocket.testing import sign_webhook
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
 
@@ -184,3 +189,42 @@ async def test_junk_in_a_cookie_is_nobody(name: str, database_url: str) -> None:
         for junk in ("", "x", "k1$" + "0" * 64, "%00", "é" * 32, '"' * 40, "A" * 8000, f"{'A' * 32}; {COOKIE}=x"):
             answer = await client.get("/me", headers={"cookie": f"{COOKIE}={junk}".encode()})
             assert answer.status_code == 401, junk[:40]
+
+
+WEBHOOKS = {
+    "DODO_PAYMENTS_WEBHOOK_KEY": KEY,
+    "KITROCKET_DODO_PRODUCTS": json.dumps(PRODUCTS),
+    "KITROCKET_WEBHOOK_MAX_BYTES": "20000",
+    "KITROCKET_BACKGROUND": "0",
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+async def test_webhooks_are_received_or_refused(name: str, engine: Engine, database_url: str) -> None:
+    await factories.make_user(engine, id=USER)
+    async with example(name, database_url, **WEBHOOKS) as address, browser(address) as client:
+
+        async def deliver(body: bytes, webhook_id: str, **headers: str) -> tuple[int, dict[str, str]]:
+            signed = sign_webhook(body, key=KEY, webhook_id=webhook_id, at=utc_now())
+            answer = await client.post("/webhooks/dodo", content=body, headers=signed | headers)
+            return answer.status_code, answer.json()
+
+        body = json.dumps(PAYLOADS["01"]).encode()
+        assert await deliver(body, "msg_1") == (200, {"outcome": "applied"})
+        assert await deliver(body, "msg_1") == (200, {"outcome": "duplicate"})
+        assert await engine.fetchval("SELECT plan FROM subscriptions WHERE user_id = $1", USER) == "starter"
+        assert await deliver(body, "msg_2", **{"webhook-timestamp": "1"}) == (401, {"error": "time_out_of_tolerance"})
+        assert await deliver(body, "msg_2", **{"WEBHOOK-ID": "msg_3"}) == (401, {"error": "doubled_header"})
+        assert await deliver(b"[]", "msg_2") == (400, {"error": "not_an_object"})
+        assert await deliver(b" " * 20_001, "msg_2") == (413, {"error": "too_large"})
+        assert await unfinished(address, "Content-Length: 20001", b"") == b"413"
+        assert await unfinished(address, "Transfer-Encoding: chunked", b"4e21\r\n" + b" " * 20_001 + b"\r\n") == b"413"
+        assert await engine.fetchval("SELECT count(*) FROM kitrocket.webhook_events") == 1
+
+
+async def unfinished(address: str, header: str, sent: bytes) -> bytes:
+    """Begin a delivery whose body never ends; return the status that comes all the same."""
+    async with await anyio.connect_tcp("127.0.0.1", int(address.rpartition(":")[2])) as stream:
+        await stream.send(f"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode() + sent)
+        with anyio.fail_after(4):
+            return (await stream.receive()).split(b" ")[1]

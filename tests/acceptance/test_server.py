@@ -227,12 +227,44 @@ async def test_while_the_database_is_away_it_says_503_and_afterwards_goes_on(
 async def test_a_body_that_does_not_arrive_is_given_up(
     engine: Engine, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kitrocket.integrations.starlette._BODY_LIMIT", 0.2)
+    monkeypatch.setattr("kitrocket.integrations.webhooks._ENTRY_SECONDS", 0.2)
     async with client_of(make_kit(engine, clock)) as client:
         stream = await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0)
         async with stream:
             await stream.send(b"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1")
             assert (await stream.receive()).startswith(b"HTTP/1.1 408")
+
+
+async def test_a_head_that_does_not_arrive_closes_the_connection(
+    engine: Engine, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with client_of(make_kit(engine, clock)) as client:
+        monkeypatch.setattr("kitrocket.server._HEAD_SECONDS", 0.5)
+        for first in (b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"):
+            async with await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0) as stream:
+                if first:
+                    await stream.send(first)
+                    assert (await stream.receive()).endswith(b"ok")
+                with anyio.fail_after(5), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                    # Dribbles: something comes more often than once in `timeout_keep_alive`.
+                    while True:
+                        await stream.send(b"X")
+                        with anyio.move_on_after(0.05):
+                            await stream.receive()
+
+
+async def test_a_request_may_take_longer_than_its_head(
+    engine: Engine, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with client_of(make_kit(engine, clock)) as client:
+        monkeypatch.setattr("kitrocket.server._HEAD_SECONDS", 0.2)
+        async with await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0) as stream:
+            headers = "".join(f"{name}: {value}\r\n" for name, value in headers_of(clock, HARMLESS).items())
+            head = f"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\nContent-Length: {len(HARMLESS)}\r\n{headers}\r\n"
+            await stream.send(head.encode())
+            await anyio.sleep(0.3)
+            await stream.send(HARMLESS)
+            assert (await stream.receive()).startswith(b"HTTP/1.1 200")
 
 
 async def test_it_is_not_ready_while_a_migration_is_missing(engine: Engine, clock: ManualClock) -> None:

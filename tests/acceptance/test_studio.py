@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from datetime import UTC, datetime, timedelta
 
+import anyio
 import httpx
 import pytest
 
@@ -388,6 +389,18 @@ async def test_a_body_over_the_limit_is_refused(engine: Engine, clock: ManualClo
     async with logged_in(make_kit(engine, clock)) as client:
         answer = await client.post("/api/tables/users/", content=b'"' + b"x" * 1_048_575 + b'"')
         assert answer.status_code == 413
+
+
+async def test_a_body_that_does_not_arrive_is_given_up(
+    engine: Engine, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitrocket.admin.front._BODY_SECONDS", 0.2)
+    async with served(make_kit(engine, clock), studio=True) as address:
+        stream = await anyio.connect_tcp("127.0.0.1", int(address.rpartition(":")[2]))
+        async with stream:
+            await stream.send(b"POST /admin/public/login/ HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            with anyio.fail_after(5):
+                assert (await stream.receive()).startswith(b"HTTP/1.1 408")
 
 
 JUNK_QUERIES = [
