@@ -22,6 +22,7 @@ repr or a log: where the data is secret, the attribute is left out too.
   + RecorderClosedError
   + WindowNotExactError
   + NoBillingPeriodError
+  + UnpricedModelError
   + WebhookNotFoundError
   + ProviderError
   + WebhookError
@@ -227,6 +228,19 @@ class NoBillingPeriodError(KitRocketError):
 
     def __str__(self) -> str:
         return f"user {self.user_id!r} has no billing period"
+
+
+class UnpricedModelError(KitRocketError):
+    """Models were used on days on which they have no price, so what the calls cost is not known."""
+
+    def __init__(self, models: Sequence[str], tokens: int) -> None:
+        super().__init__(tuple(models), tokens)
+        self.models = tuple(models)
+        self.tokens = tokens
+
+    def __str__(self) -> str:
+        named = ", ".join(repr(model) for model in self.models[:5]) + (", …" if len(self.models) > 5 else "")
+        return f"{self.tokens:,} token(s) were used on days without a price, of {len(self.models)} model(s): {named}"
 
 
 class WebhookNotFoundError(KitRocketError):

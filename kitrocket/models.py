@@ -9,6 +9,7 @@ Every datetime is timezone-aware, in UTC.
 from __future__ import annotations
 
 from datetime import date
+from decimal import Decimal
 from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
@@ -304,6 +305,69 @@ class Period(Value):
     since: AwareDatetime
     until: AwareDatetime
     source: Literal["provider", "row"]
+
+
+class ModelPrice(Value):
+    """What a million tokens of a model cost from the UTC midnight of ``valid_from`` on, until the next price."""
+
+    model: str
+    currency: str = "USD"
+    valid_from: date
+    per_million: Decimal
+
+
+class PricesSet(Value):
+    """How many prices were new, had another value before, or were so already."""
+
+    added: int
+    changed: int
+    unchanged: int
+
+
+class CostLine(Value):
+    """What some of the calls of a window cost: those of a user, of a model, of ``start <= t < end``, or of several.
+
+    What the cost was not divided by is ``None``; ``start`` and ``end`` are the window's then, in UTC, and ``day`` is a
+    date on the clocks of the zone that was asked for. ``cost`` is exact, not rounded. ``unpriced`` of the ``tokens``
+    have no price, and ``cost`` has nothing for them.
+    """
+
+    start: AwareDatetime
+    end: AwareDatetime | None
+    day: date | None
+    user_id: str | None
+    model: str | None
+    tokens: int
+    calls: int
+    unpriced: int
+    cost: Decimal
+
+
+class UnpricedUsage(Value):
+    """The tokens and calls of a model on days on which it had no price."""
+
+    model: str
+    tokens: int
+    calls: int
+
+
+class CostReport(Value):
+    """What the calls of a window cost.
+
+    The lines' costs add up to ``exact``; ``total`` is that, rounded once, half to even. ``tokens`` and ``calls`` count
+    those without a price too; with any, ``complete`` is false and ``unpriced`` names the models.
+    """
+
+    since: AwareDatetime
+    until: AwareDatetime | None
+    currency: str
+    total: Decimal
+    exact: Decimal
+    tokens: int
+    calls: int
+    lines: list[CostLine]
+    unpriced: list[UnpricedUsage]
+    complete: bool
 
 
 class UsageDrift(Value):

@@ -20,6 +20,8 @@ from kitrocket.inputs import instant
 Grain = Literal["hour", "day", "month"]
 #: What a window can be broken down by.
 Dimension = Literal["hour", "day", "month", "model"]
+#: What a cost can be divided by.
+CostDimension = Literal["user", "model", "hour", "day", "month"]
 
 #: How far back a window without a beginning reaches: always 30 times 24 hours, whatever a zone's clocks did meanwhile.
 DEFAULT_REACH = timedelta(days=30)
@@ -81,6 +83,21 @@ def dimension(field: str, value: object) -> Dimension:
         if isinstance(value, str) and value == known:
             return known  # type: ignore[no-any-return]  # one of the literal's own values
     raise InvalidInputError(field, "it is none of the possible ones", "one of " + ", ".join(get_args(Dimension)))
+
+
+def cost_dimensions(field: str, value: object) -> tuple[CostDimension, ...]:
+    """Return what to divide a cost by: one dimension or several, of those of time at most one.
+
+    Raises :class:`InvalidInputError` for anything else.
+    """
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else (None,)
+    known = tuple(one for one in get_args(CostDimension) if one in names)
+    if len(known) != len(names) or not known or sum(one in get_args(Grain) for one in known) > 1:
+        possible = ", ".join(get_args(CostDimension))
+        raise InvalidInputError(
+            field, "it is none of the possible ones", f"{possible}; or a tuple of them, with one of time"
+        )
+    return known
 
 
 def bucket_starts(window: Window, *, by: Grain, zone: tzinfo, now: datetime) -> list[datetime]:

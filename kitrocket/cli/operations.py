@@ -11,11 +11,13 @@ import anyio
 import typer
 from rich.table import Table
 
+from kitrocket.cli import prices
 from kitrocket.cli.progress import progress
 from kitrocket.cli.running import opened, out, remarks, run
 
 sessions = typer.Typer(no_args_is_help=True, help="Sessions.")
 usage = typer.Typer(no_args_is_help=True, help="AI token usage.")
+usage.add_typer(prices.app, name="prices")
 
 #: How long a stopped command counts what is left, in seconds.
 _COUNT_LIMIT = 5.0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from itertools import pairwise
+from os import PathLike
 from typing import Literal
 
+import anyio
 import asyncpg
 
 from kitrocket.clock import Clock, from_db, utc_now
@@ -15,7 +18,10 @@ from kitrocket.engine import Engine
 from kitrocket.errors import ConfigurationError, InvalidInputError, UsageConflictError
 from kitrocket.inputs import duration, flag, instant, label, whole_number
 from kitrocket.models import (
+    CostReport,
+    ModelPrice,
     Period,
+    PricesSet,
     PruneResult,
     RebuildResult,
     RecordedUsage,
@@ -26,11 +32,23 @@ from kitrocket.models import (
     VerifyResult,
 )
 from kitrocket.usage.calls import Call, checked, read_all
+from kitrocket.usage.price_entries import CURRENCY, checked_price, currency_code, day_of, read_file, read_prices
+from kitrocket.usage.prices import Prices
 from kitrocket.usage.recorder import Owner, Recorder
 from kitrocket.usage.sums import Sums
 from kitrocket.usage.upkeep import midnight, prune, rebuild, verify
 from kitrocket.usage.writing import Writer
-from kitrocket.windows import Dimension, Window, bucket_starts, dimension, month, time_zone, window
+from kitrocket.windows import (
+    CostDimension,
+    Dimension,
+    Window,
+    bucket_starts,
+    cost_dimensions,
+    dimension,
+    month,
+    time_zone,
+    window,
+)
 
 
 class UsageService:
@@ -54,6 +72,7 @@ class UsageService:
         self._clock = clock
         self._rollup = rollup
         self._sums = Sums(engine, rollup=rollup)
+        self._prices = Prices(engine, rollup=rollup)
         self._writer = Writer(engine, rollup=rollup)
         self._recorder = Recorder(engine, self._writer, queue_size=queue_size, linger=linger)
 
@@ -199,6 +218,85 @@ class UsageService:
         chosen = window(since=since, until=until, now=self._now())
         rows = await self._sums.top_users(chosen, limit)
         return [TopUser(user_id=row["user_id"], tokens=row["tokens"], calls=row["calls"]) for row in rows]
+
+    # -- prices -------------------------------------------------------------------------------------------------
+
+    async def set_price(
+        self, model: str, *, per_million: Decimal, valid_from: date, currency: str = CURRENCY
+    ) -> ModelPrice:
+        """Set what a million tokens of a model cost from the UTC midnight of ``valid_from`` on, until its next price.
+
+        ``per_million`` is a ``Decimal`` or an ``int`` of at most 10 decimal places; 0 is free. ``currency`` is three
+        capital letters. The price of a model, currency and date that is there already is replaced: no cost is stored,
+        so that re-prices the past.
+        """
+        price = checked_price("", model=model, per_million=per_million, valid_from=valid_from, currency=currency)
+        await self._prices.set([price])
+        return price
+
+    async def set_prices(self, prices: Iterable[ModelPrice | Mapping[str, object]]) -> PricesSet:
+        """Set many prices as :meth:`set_price` does, all of them or none; others stay as they are.
+
+        An error's ``field`` names the entry, such as ``prices[3].per_million``.
+        """
+        return await self._prices.set(read_prices(prices))
+
+    async def load_prices(self, path: str | PathLike[str]) -> PricesSet:
+        """Set the prices of a TOML file: a table ``[[prices]]`` with the names of :meth:`set_price` for each.
+
+        Raises :class:`InvalidInputError` with the field ``path``, or the entry as :meth:`set_prices` does; then no
+        price is changed.
+        """
+        return await self._prices.set(await anyio.to_thread.run_sync(read_file, path))
+
+    async def prices(self, model: str | None = None, *, currency: str | None = None) -> list[ModelPrice]:
+        """Return the prices of a model or of all, in the order of model, currency and date."""
+        if model is not None:
+            label("model", model)
+        if currency is not None:
+            currency_code("currency", currency)
+        return await self._prices.kept(model, currency)
+
+    async def remove_price(self, model: str, *, valid_from: date, currency: str = CURRENCY) -> bool:
+        """Remove the price of a model, currency and date, and return whether there was one; an older one then holds."""
+        return await self._prices.remove(
+            label("model", model), currency_code("currency", currency), day_of("valid_from", valid_from)
+        )
+
+    async def cost(
+        self,
+        user_id: str | None = None,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        currency: str = CURRENCY,
+        by: CostDimension | Sequence[CostDimension] = "model",
+        tz: str = "UTC",
+        places: int = 2,
+        allow_unpriced: bool = False,
+    ) -> CostReport:
+        """Return what the calls of a window cost, of a user or of all, each by the price of its UTC day.
+
+        ``by`` divides it into lines: ``"user"``, ``"model"``, ``"hour"``, ``"day"``, ``"month"``, or a tuple of those
+        with at most one of time, which is cut as :meth:`breakdown` cuts it. Lines come in the order of time, then the
+        dearest first; more than 100,000 are refused. ``places`` are the decimal places of ``total``, 0 to 10.
+
+        Raises :class:`UnpricedModelError` when a model was used on a day on which it has no price in ``currency``;
+        ``allow_unpriced=True`` reports it instead.
+        """
+        if user_id is not None:
+            label("user_id", user_id)
+        now = self._now()
+        return await self._prices.cost(
+            user_id,
+            window(since=since, until=until, now=now),
+            now=now,
+            currency=currency_code("currency", currency),
+            by=cost_dimensions("by", by),
+            zone=time_zone("tz", tz),
+            places=whole_number("places", places, max=10),
+            allow_unpriced=flag("allow_unpriced", allow_unpriced),
+        )
 
     # -- upkeep -------------------------------------------------------------------------------------------------
 

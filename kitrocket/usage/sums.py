@@ -32,37 +32,37 @@ class Sums:
     async def total(self, user_id: str, window: Window, model: str | None) -> int:
         """Return a user's tokens in a window, of one model or of all."""
         if not self._rollup:
-            [row] = await self._fetch("total", user_id, *_bounds(window), model)
+            [row] = await self._fetch("total", user_id, *bounds(window), model)
             return int(row["tokens"])
-        [row] = await self._fetch("total_rolled", user_id, *_bounds(window), model)
-        _refuse_cut_days(window, row["raw_from"])
+        [row] = await self._fetch("total_rolled", user_id, *bounds(window), model)
+        refuse_cut_days(window, row["raw_from"])
         return int(row["tokens"])
 
     async def by_time(
         self, user_id: str, window: Window, starts: Sequence[datetime], *, in_utc_days: bool
     ) -> list[asyncpg.Record]:
         """Return a row for each bucket with a call; ``in_utc_days`` says that buckets begin at UTC midnights."""
-        arguments = (user_id, *_bounds(window), [to_db(start) for start in starts])
+        arguments = (user_id, *bounds(window), [to_db(start) for start in starts])
         if self._rollup and in_utc_days:
             return await self._rolled("by_time_rolled", window, "bucket", *arguments)
         rows = await self._fetch("by_time", *arguments)
         if self._rollup:
             # Pruning moves the floor before it deletes, so what is above it now was all there.
             state = await self._engine.fetchrow(_ROLLUP["state"])
-            _refuse_before(window, date.min if state is None else state["raw_from"])
+            refuse_before(window, date.min if state is None else state["raw_from"])
         return rows
 
     async def by_model(self, user_id: str, window: Window) -> list[asyncpg.Record]:
         """Return a row for each model, the largest sum first."""
         if self._rollup:
-            return await self._rolled("by_model_rolled", window, "model", user_id, *_bounds(window))
-        return await self._fetch("by_model", user_id, *_bounds(window))
+            return await self._rolled("by_model_rolled", window, "model", user_id, *bounds(window))
+        return await self._fetch("by_model", user_id, *bounds(window))
 
     async def top_users(self, window: Window, limit: int) -> list[asyncpg.Record]:
         """Return a row for each of the users with the largest sums."""
         if self._rollup:
-            return await self._rolled("top_users_rolled", window, "user_id", *_bounds(window), limit)
-        return await self._fetch("top_users", *_bounds(window), limit)
+            return await self._rolled("top_users_rolled", window, "user_id", *bounds(window), limit)
+        return await self._fetch("top_users", *bounds(window), limit)
 
     async def billing_period(self, user_id: str) -> Period:
         """Return the billing period of a user's live subscription, or raise :class:`NoBillingPeriodError`."""
@@ -73,18 +73,19 @@ class Sums:
 
     async def _rolled(self, name: str, window: Window, key: str, *arguments: object) -> list[asyncpg.Record]:
         rows = await self._fetch(name, *arguments)
-        _refuse_cut_days(window, rows[0]["raw_from"])
+        refuse_cut_days(window, rows[0]["raw_from"])
         return [row for row in rows if row[key] is not None]
 
     async def _fetch(self, name: str, *arguments: object) -> list[asyncpg.Record]:
         return await self._engine.retry(lambda: self._engine.fetch(_SQL[name], *arguments), idempotent=True)
 
 
-def _bounds(window: Window) -> tuple[datetime, datetime | None]:
+def bounds(window: Window) -> tuple[datetime, datetime | None]:
+    """Return a window's two ends as statements take them."""
     return to_db(window.since), None if window.until is None else to_db(window.until)
 
 
-def _refuse_cut_days(window: Window, raw_from: date) -> None:
+def refuse_cut_days(window: Window, raw_from: date) -> None:
     """Raise unless the window begins and ends at a UTC midnight or where single rows are kept."""
     if raw_from == date.min:
         return
@@ -95,7 +96,7 @@ def _refuse_cut_days(window: Window, raw_from: date) -> None:
         raise WindowNotExactError(since, until)
 
 
-def _refuse_before(window: Window, raw_from: date) -> None:
+def refuse_before(window: Window, raw_from: date) -> None:
     """Raise unless single rows of the whole window are kept."""
     if raw_from == date.min:
         return

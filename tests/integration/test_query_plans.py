@@ -130,6 +130,22 @@ async def test_sums_are_read_from_the_index_alone(full: asyncpg.Connection) -> N
     assert "Index Only Scan" in {node["Node Type"] for node in plan}
 
 
+async def test_the_cost_of_a_user_reads_indexes_however_often_it_is_asked(full: asyncpg.Connection) -> None:
+    """One statement serves one user and all of them; a plan for both would read the whole table."""
+    arguments = ("u7", NOW - timedelta(days=30), NOW, "USD", False, True, [NOW - timedelta(days=30)], 100)
+    for name, index in (("cost", "usage_user_created_idx"), ("cost_rolled", "usage_daily_pkey")):
+        sql = statements("prices")[name]
+        plan = await plan_of(full, sql, *arguments)
+        assert index in {node.get("Index Name") for node in plan}
+        scanned = {node["Relation Name"] for node in plan if node["Node Type"] == "Seq Scan"}
+        assert scanned <= {"usage_state", "model_prices"}
+        statement = await full.prepare(sql)
+        for _ in range(8):
+            await statement.fetch(*arguments)
+        chosen = "SELECT generic_plans FROM pg_prepared_statements WHERE name = $1"
+        assert await full.fetchval(chosen, statement.get_name()) == 0
+
+
 BY_HAND = [
     ("SELECT FROM accounts WHERE provider = 'credential' AND provider_account_id = '7'",
      "accounts_provider_provider_account_id_idx"),

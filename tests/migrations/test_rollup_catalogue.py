@@ -68,3 +68,22 @@ async def test_the_triggers_fire_once_a_statement_with_their_owners_rights(engin
         assert (row["each_row"], row["tgenabled"]) == (0, "O")
         assert "{=" not in row["proacl"], "nobody else may call it"
         assert ",=" not in row["proacl"]
+
+
+async def test_the_table_of_prices_is_this(engine: Engine) -> None:
+    async with engine.direct() as connection:
+        found = [(row[2], row[3], row[4]) for row in await columns(connection, "kitrocket") if row[0] == "model_prices"]
+        rules = [row[1:4:2] for row in await constraints(connection, "kitrocket") if row[0] == "model_prices"]
+    assert found == [
+        ("model", "text", True),
+        ("currency", "text", True),
+        ("valid_from", "date", True),
+        ("per_million", "numeric(20,10)", True),
+    ]
+    assert rules == [
+        (
+            "model_prices_are_not_negative",
+            "CHECK (((per_million >= (0)::numeric) AND (per_million <> 'NaN'::numeric)))",
+        ),
+        ("model_prices_pkey", "PRIMARY KEY (model, currency, valid_from)"),
+    ]
