@@ -31,6 +31,8 @@ _VALIDATED: Callable[[object], SessionWithUser] = SessionWithUser.__pydantic_val
 _USER_AGENT_MAX = 512
 _PAGE_MAX = 1000
 _BATCH_MAX = 100_000
+#: How many batches in a row may delete nothing: rows may be found that somebody's trigger keeps.
+_PATIENCE = 3
 
 
 class SessionService:
@@ -232,15 +234,22 @@ class SessionService:
         deleted = batches = 0
         stopped = False
         for sql, horizon in ((_SQL["delete_expired"], now), (_SQL["delete_outlived"], oldest)):
-            full = horizon is not None
-            while full and not stopped:
+            after: datetime | None = None
+            idle = 0
+            while horizon is not None and not stopped and idle < _PATIENCE:
                 wanted = int(min(batch_size, most - deleted))
-                count: int = await self._engine.fetchval(sql, horizon, wanted, own)
-                deleted += count
-                batches += count > 0
-                if report is not None and count:
+                row = await self._engine.fetchrow(sql, horizon, wanted, own, after)
+                assert row is not None
+                gone, found, last, _ = row
+                if after is None and not found:
+                    break
+                # What came up behind the batches, or was changed as it was locked, is found from the start again.
+                after = last if found == wanted else None
+                deleted += gone
+                batches += gone > 0
+                idle = 0 if gone else idle + 1
+                if report is not None and gone:
                     report(deleted)
-                full = count == wanted
                 stopped = deleted >= most or anyio.current_time() >= stop_at
         if deleted:
             _log.info("swept %d expired sessions in %d batches", deleted, batches)

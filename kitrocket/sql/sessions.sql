@@ -254,34 +254,55 @@ FROM (SELECT 1) AS one
 LEFT JOIN kept k ON true;
 
 -- name: delete_expired
--- Deletes one batch of expired sessions, oldest first; answers how many rows went. Rows that another holds are skipped:
--- other sweepers take other rows. The CTE is materialised, since a bare IN (… LIMIT) can run again per row and exceed
--- the limit; the condition is repeated, since a row may have been extended before it was locked.
+-- Deletes one batch of expired sessions, oldest first; answers how many went, how many it found, and the expiry of the
+-- last. Rows that another holds are skipped: other sweepers take other rows. The CTE is materialised, since a bare
+-- IN (… LIMIT) can run again per row and exceed the limit; the condition is repeated, since a row may have been extended
+-- before it was locked. A row that is locked stays where it is, so it is deleted by its place. One that was changed
+-- between snapshot and lock has another place, which this snapshot does not show: it is found, but doesn't go yet.
+-- A batch begins where the one before left off, or it would read all the index entries again that the others killed.
 -- When the transaction is the batch's own, its commit doesn't wait for the disk: a batch that a crash loses is swept
 -- again.
--- $1 now, $2 number of rows, $3 whether the transaction is the batch's own
+-- $1 now, $2 number of rows, $3 whether the transaction is the batch's own, $4 the expiry to begin at, NULL: the oldest
 WITH expired AS MATERIALIZED (
-    SELECT s.id FROM sessions s WHERE s.expires_at <= $1 ORDER BY s.expires_at LIMIT $2::bigint FOR UPDATE SKIP LOCKED
+    SELECT s.ctid AS place, s.expires_at
+    FROM sessions s
+    WHERE s.expires_at <= $1 AND s.expires_at >= coalesce($4::timestamp, '-infinity')
+    ORDER BY s.expires_at
+    LIMIT $2::bigint
+    FOR UPDATE SKIP LOCKED
 ), gone AS (
-    DELETE FROM sessions s USING expired WHERE s.id = expired.id AND s.expires_at <= $1 RETURNING 1
+    DELETE FROM sessions s WHERE s.ctid = ANY (ARRAY(SELECT place FROM expired)) AND s.expires_at <= $1 RETURNING 1
 )
-SELECT count(*), CASE WHEN $3::boolean THEN set_config('synchronous_commit', 'off', true) END FROM gone;
+SELECT (SELECT count(*) FROM gone) AS gone,
+       (SELECT count(*) FROM expired) AS found,
+       (SELECT max(expires_at) FROM expired) AS last,
+       CASE WHEN $3::boolean THEN set_config('synchronous_commit', 'off', true) END;
 
 -- name: delete_outlived
 -- As delete_expired, for sessions past their cap, which only another writer keeps beyond it.
--- $1 now - max_lifetime, $2 number of rows, $3 whether the transaction is the batch's own
+-- $1 now - max_lifetime, $2 number of rows, $3 whether the transaction is the batch's own, $4 the creation to begin at,
+-- NULL: the oldest
 WITH outlived AS MATERIALIZED (
-    SELECT s.id FROM sessions s WHERE s.created_at <= $1 ORDER BY s.created_at LIMIT $2::bigint FOR UPDATE SKIP LOCKED
+    SELECT s.ctid AS place, s.created_at
+    FROM sessions s
+    WHERE s.created_at <= $1 AND s.created_at >= coalesce($4::timestamp, '-infinity')
+    ORDER BY s.created_at
+    LIMIT $2::bigint
+    FOR UPDATE SKIP LOCKED
 ), gone AS (
-    DELETE FROM sessions s USING outlived WHERE s.id = outlived.id AND s.created_at <= $1 RETURNING 1
+    DELETE FROM sessions s WHERE s.ctid = ANY (ARRAY(SELECT place FROM outlived)) AND s.created_at <= $1 RETURNING 1
 )
-SELECT count(*), CASE WHEN $3::boolean THEN set_config('synchronous_commit', 'off', true) END FROM gone;
+SELECT (SELECT count(*) FROM gone) AS gone,
+       (SELECT count(*) FROM outlived) AS found,
+       (SELECT max(created_at) FROM outlived) AS last,
+       CASE WHEN $3::boolean THEN set_config('synchronous_commit', 'off', true) END;
 
 -- name: any_expired
--- Whether a session is left to sweep.
+-- Whether a session is left to sweep. It asks for the oldest, which an index answers; asked whether one exists, the
+-- planner may read the whole table, since its statistics still know all that was swept.
 -- $1 now, $2 now - max_lifetime, or NULL when nobody else writes
-SELECT EXISTS (SELECT FROM sessions s WHERE s.expires_at <= $1)
-    OR ($2::timestamp IS NOT NULL AND EXISTS (SELECT FROM sessions s WHERE s.created_at <= $2));
+SELECT coalesce((SELECT min(s.expires_at) FROM sessions s) <= $1, false)
+    OR ($2::timestamp IS NOT NULL AND coalesce((SELECT min(s.created_at) FROM sessions s) <= $2, false));
 
 -- name: count_expired
 -- How many sessions there are to sweep.

@@ -81,7 +81,8 @@ HOT = [
     ("sessions", "validate", ("t7", NOW, WEEK, DAY, None), {"sessions_token_unique", "users_pkey"}),
     ("sessions", "list", ("u7", NOW, WEEK, None, ["t7"], 100, None, None), {"sessions_user_id_idx"}),
     ("sessions", "revoke_others", ("u7", ["t7"]), {"sessions_user_id_idx"}),
-    ("sessions", "delete_expired", (NOW, 100, True), {"sessions_expires_at_idx"}),
+    ("sessions", "delete_expired", (NOW, 100, True, None), {"sessions_expires_at_idx"}),
+    ("sessions", "any_expired", (NOW + 2 * WEEK, None), {"sessions_expires_at_idx"}),
     (
         "sessions",
         "rotate",
@@ -144,6 +145,28 @@ async def test_the_cost_of_a_user_reads_indexes_however_often_it_is_asked(full: 
             await statement.fetch(*arguments)
         chosen = "SELECT generic_plans FROM pg_prepared_statements WHERE name = $1"
         assert await full.fetchval(chosen, statement.get_name()) == 0
+
+
+async def test_a_batch_of_the_sweep_does_not_read_what_the_batches_before_it_killed(full: asyncpg.Connection) -> None:
+    """The index keeps entries of deleted rows until it is vacuumed."""
+
+    async def entries_read(begin_at: datetime | None) -> int:
+        sql = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statements('sessions')['delete_expired']}"
+        plan = json.loads(await full.fetchval(sql, NOW + WEEK, 100, False, begin_at))[0]["Plan"]
+        scan = next(node for node in nodes(plan) if node.get("Index Name") == "sessions_expires_at_idx")
+        assert {node["Node Type"] for node in nodes(plan)} >= {"Tid Scan"}
+        return int(scan["Shared Hit Blocks"] + scan["Shared Read Blocks"])
+
+    transaction = full.transaction()
+    await transaction.start()
+    try:
+        first = await entries_read(None)
+        row = await full.fetchrow(statements("sessions")["delete_expired"], NOW + WEEK, 9_000, False, None)
+        assert row is not None
+        assert row["gone"] == row["found"] == 9_000
+        assert await entries_read(row["last"]) < 2 * first < await entries_read(None)
+    finally:
+        await transaction.rollback()
 
 
 BY_HAND = [

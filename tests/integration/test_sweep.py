@@ -196,25 +196,85 @@ async def test_a_row_that_is_extended_meanwhile_stays(
     assert await engine.fetchval("SELECT count(*) FROM sessions") == len(extended)
 
 
+async def hold_up(engine: Engine, condition: str) -> None:
+    """Let a DELETE that begins while ``condition`` is true wait for the advisory lock 7, its snapshot taken."""
+    await engine.fetch(
+        "CREATE FUNCTION hold_up() RETURNS trigger LANGUAGE plpgsql AS"
+        f" 'BEGIN IF {condition} THEN PERFORM pg_advisory_xact_lock(7); END IF; RETURN NULL; END'"
+    )
+    await engine.fetch("CREATE TRIGGER hold_up BEFORE DELETE ON sessions FOR EACH STATEMENT EXECUTE FUNCTION hold_up()")
+
+
 @pytest.mark.direct
-async def test_a_row_that_is_extended_after_the_statement_began_stays(
-    engine: Engine, sessions: SessionService, clock: ManualClock, other: asyncpg.Connection[asyncpg.Record]
+@pytest.mark.parametrize("batch_size", [1, 1000])
+async def test_a_row_that_changes_after_the_statement_began_is_judged_by_what_it_is_now(
+    engine: Engine,
+    sessions: SessionService,
+    clock: ManualClock,
+    other: asyncpg.Connection[asyncpg.Record],
+    batch_size: int,
 ) -> None:
     """The statement has its snapshot, in which the row has expired, and is held up before it looks for rows."""
     await fill(engine, clock, expired=20, live=0)
-    await engine.fetch(
-        "CREATE FUNCTION hold_up() RETURNS trigger LANGUAGE plpgsql AS"
-        " 'BEGIN PERFORM pg_advisory_xact_lock(7); RETURN NULL; END'"
-    )
-    await engine.fetch("CREATE TRIGGER hold_up BEFORE DELETE ON sessions FOR EACH STATEMENT EXECUTE FUNCTION hold_up()")
+    await hold_up(engine, "true")
     await other.execute("SELECT pg_advisory_lock(7)")
+    results: list[SweepResult] = []
+
+    async def sweep() -> None:
+        results.append(await sessions.delete_expired(batch_size=batch_size))
+
     async with anyio.create_task_group() as group:
-        group.start_soon(sessions.delete_expired)
+        group.start_soon(sweep)
         await until_someone_waits(engine)
         await other.execute("UPDATE sessions SET expires_at = $1 WHERE id = 'expired7'", to_db(clock.now + DAY))
+        await other.execute("UPDATE sessions SET user_agent = 'another' WHERE id IN ('expired1', 'expired9')")
         await other.execute("SELECT pg_advisory_unlock(7)")
     rows = await engine.fetch("SELECT id FROM sessions")
     assert [row["id"] for row in rows] == ["expired7"]
+    assert [result.deleted for result in results] == [19]
+
+
+@pytest.mark.direct
+async def test_a_row_that_comes_up_behind_the_batches_goes_too(
+    engine: Engine, sessions: SessionService, clock: ManualClock, other: asyncpg.Connection[asyncpg.Record]
+) -> None:
+    """A batch begins where the one before left off, so what is older is only found from the start again."""
+    await fill(engine, clock, expired=20, live=3)
+    await hold_up(engine, "(SELECT count(*) FROM sessions) = 13")
+    await other.execute("SELECT pg_advisory_lock(7)")
+    results: list[SweepResult] = []
+
+    async def sweep() -> None:
+        results.append(await sessions.delete_expired(batch_size=5))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(sweep)
+        await until_someone_waits(engine)
+        await other.execute("UPDATE sessions SET expires_at = $1 WHERE id = 'live1'", to_db(clock.now - 2 * DAY))
+        await other.execute("SELECT pg_advisory_unlock(7)")
+    assert await left(engine) == {"live": 2}
+    assert [result.deleted for result in results] == [21]
+
+
+async def test_rows_that_share_an_instant_all_go(engine: Engine, sessions: SessionService, clock: ManualClock) -> None:
+    await fill(engine, clock, expired=23, live=2)
+    await engine.fetch("UPDATE sessions SET expires_at = $1 WHERE id LIKE 'expired%'", to_db(clock.now))
+    assert await sessions.delete_expired(batch_size=5) == SweepResult(deleted=23, batches=5, more=False)
+    assert await left(engine) == {"live": 2}
+
+
+async def test_it_ends_though_somebodys_trigger_keeps_rows(
+    engine: Engine, sessions: SessionService, clock: ManualClock
+) -> None:
+    await fill(engine, clock, expired=20, live=3)
+    await engine.fetch(
+        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN IF OLD.id IN (''expired3'', ''expired4'') THEN RETURN NULL; END IF; RETURN OLD; END'"
+    )
+    await engine.fetch("CREATE TRIGGER keep BEFORE DELETE ON sessions FOR EACH ROW EXECUTE FUNCTION keep()")
+    with anyio.fail_after(5):
+        assert (await sessions.delete_expired(batch_size=5)).deleted == 18
+    assert await left(engine) == {"expired": 2, "live": 3}
 
 
 @pytest.mark.parametrize(
