@@ -265,13 +265,15 @@ class ProviderError(KitRocketError):
         self.status_code = status_code
 
     def __str__(self) -> str:
+        if self.status_code is None:
+            return "DodoPayments cannot be reached: check DODO_PAYMENTS_BASE_URL and the way out to the internet"
         if self.status_code in (401, 403):
-            return f"DodoPayments answered {self.status_code}: check DODO_PAYMENTS_API_KEY"
-        return (
-            "DodoPayments cannot be reached"
-            if self.status_code is None
-            else f"DodoPayments answered {self.status_code}"
-        )
+            return (
+                f"DodoPayments answered {self.status_code}: check DODO_PAYMENTS_API_KEY; with a key of test mode, set"
+                " DODO_PAYMENTS_BASE_URL=https://test.dodopayments.com"
+            )
+        hints = {404: ": check DODO_PAYMENTS_BASE_URL", 429: ": it asks for more patience; try again later"}
+        return f"DodoPayments answered {self.status_code}" + hints.get(self.status_code, "")
 
 
 class WebhookError(KitRocketError):

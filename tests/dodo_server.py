@@ -24,6 +24,8 @@ class DodoServer:
         self.subscriptions: dict[str, dict[str, Any]] = {}
         self.payments: dict[str, dict[str, Any]] = {}
         self.requests: list[str] = []
+        #: When each request came, by the loop's clock.
+        self.instants: list[float] = []
         self.trouble: Callable[[str, int], Awaitable[Response | None]] | None = None
         self.url = ""
 
@@ -52,6 +54,7 @@ class DodoServer:
             if request.headers["authorization"] != "Bearer key":
                 return JSONResponse({"code": "UNAUTHORIZED"}, 401)
             self.requests.append(request.url.path)
+            self.instants.append(anyio.current_time())
             if self.trouble is not None:
                 other = await self.trouble(request.url.path, len(self.requests))
                 if other is not None:

@@ -12,6 +12,10 @@ SELECT * FROM kitrocket.lock_subscriptions($1::text[]);
 -- of them exist. $1 ids.
 SELECT kept AS id FROM kitrocket.keep_users($1::text[]) AS kept;
 
+-- name: user_exists
+-- Whether there is a user. $1 user.
+SELECT EXISTS (SELECT 1 FROM users WHERE id = $1) AS exists;
+
 -- name: users_of_customer
 -- The users whom the mirror or their row links to a customer, two at most. $1 customer.
 SELECT user_id FROM kitrocket.dodo_subscriptions WHERE customer_id = $1 AND user_id IS NOT NULL

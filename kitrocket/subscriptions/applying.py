@@ -135,9 +135,35 @@ class Applier:
             fetched_at=now,
             needs_check=False,
         )
+        changes = await self.compare(known, state, told)
         await self._engine.fetch(_SQL["write_snapshot"], *self._dated(new, now).parameters())
         await self._project({linked, new.user_id}, now)
-        return differences(known, state, told)
+        return changes
+
+    async def compare(
+        self, known: Mirrored | None, state: SubscriptionSnapshot, told: Iterable[str]
+    ) -> list[Difference]:
+        """Return where the mirror and a fetched state differ, in the fields that the provider ``told``."""
+        found = differences(known, state, told, self._products)
+        named = named_user(self._user_keys, state.metadata, state.customer.metadata)
+        linked = known.user_id if known else None
+        if known is not None and named not in (None, linked):
+            target, _ = await self._user_of(state, named, linked)
+            if target is not None and await self._engine.fetchval(_SQL["user_exists"], target):
+                id = state.subscription_id
+                found.append(Difference(subscription_id=id, field="user_id", ours=linked, theirs=target))
+        return found
+
+    async def note_agreed(self, subscription_id: str, version: int, now: datetime) -> bool:
+        """Note that the provider says what is known of a subscription; ``False`` if ``version`` is outdated."""
+        for known in await self._lock([subscription_id]):
+            if known.version == version:
+                existing = await self._keep_users({known.user_id})
+                user_id = known.user_id if known.user_id in existing else None
+                new = self._dated(replace(known, user_id=user_id, fetched_at=now, needs_check=False), now)
+                await self._engine.fetch(_SQL["write_snapshot"], *new.parameters())
+                return True
+        return False
 
     async def note_gone(self, subscription_id: str, now: datetime) -> None:
         """Note that the provider does not know a subscription; its user's row stays as it is."""

@@ -69,8 +69,10 @@ class Mirrored:
         return tuple(to_db(value) if isinstance(value, datetime) else value for value in values)
 
 
-def differences(known: Mirrored | None, state: SubscriptionSnapshot, told: Iterable[str]) -> list[Difference]:
-    """Return where a snapshot and a state differ, in what the provider ``told``."""
+def differences(
+    known: Mirrored | None, state: SubscriptionSnapshot, told: Iterable[str], products: Mapping[str, str]
+) -> list[Difference]:
+    """Return where a snapshot and a state differ, in what the provider ``told`` and in what ``products`` make of it."""
     id = state.subscription_id
     if known is None:
         return [Difference(subscription_id=id, field="subscription_id", ours=None, theirs=id)]
@@ -78,7 +80,14 @@ def differences(known: Mirrored | None, state: SubscriptionSnapshot, told: Itera
         "product_id": (known.product_id, state.product_id),
         "customer_id": (known.snapshot.customer_id, state.customer.customer_id),
     }
+    if known.product_id == state.product_id:
+        # The application's map has changed since.
+        pairs["plan"] = (known.snapshot.plan, products.get(state.product_id, known.snapshot.plan))
     named = set(told)
+    if "scheduled_change" in named:
+        change = state.scheduled_change
+        pairs["pending_plan"] = (known.pending_plan, products.get(change.product_id or "") if change else None)
+        pairs["pending_plan_at"] = (known.pending_plan_at, change.effective_at if change else None)
     for name in _COMPARED:
         ours, theirs = getattr(known.snapshot, name), getattr(state, name)
         # A fetched subscription lacks the deadline; as long as it is past due, the one that was told holds.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from datetime import datetime
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import anyio
 from pydantic import SecretStr
 
-from kitrocket.errors import MissingExtraError, ProviderError
+from kitrocket.errors import ConfigurationError, MissingExtraError, ProviderError
 
 try:
     import dodopayments
@@ -22,24 +24,31 @@ T = TypeVar("T")
 #: The largest page that the provider gives.
 PAGE_SIZE = 100
 _ATTEMPTS = 6
-#: The first pause after a failure and the longest, in seconds; a Retry-After counts up to the longest.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
-#: How long one request may take, in seconds.
-_REQUEST_LIMIT = 20.0
+#: The first pause after a failure, in seconds; each is twice as long as the one before.
+_FIRST_PAUSE = 0.5
+#: The longest Retry-After that is waited for; a longer one ends the request, for nobody asks earlier.
+_LONGEST_WAIT = timedelta(minutes=10)
 
 
 class Provider:
-    """DodoPayments, asked at most ``requests_per_second`` times a second. ``async with`` it.
+    """DodoPayments, asked at most ``requests_per_second`` times a second; each may take ``timeout``. ``async with`` it.
 
     Every method raises :class:`ProviderError` once trying again makes no sense.
     """
 
     def __init__(
-        self, *, api_key: str | SecretStr, base_url: str | None = None, requests_per_second: float = 10.0
+        self,
+        *,
+        api_key: str | SecretStr,
+        base_url: str | None = None,
+        requests_per_second: float = 10.0,
+        timeout: timedelta = timedelta(seconds=20),
     ) -> None:
         token = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
+        if not re.fullmatch("[!-~]+", token):
+            raise ConfigurationError("DODO_PAYMENTS_API_KEY: it is empty or has characters that no key has")
         self._client = dodopayments.AsyncDodoPayments(
-            bearer_token=token, base_url=base_url, max_retries=0, timeout=_REQUEST_LIMIT
+            bearer_token=token, base_url=base_url, max_retries=0, timeout=timeout.total_seconds()
         )
         self._interval = 1 / requests_per_second
         self._free_at = 0.0
@@ -60,10 +69,14 @@ class Provider:
 
         Not the SDK's own iterator, which goes from page 0 to page 2.
         """
-        page = await self._ask(
-            lambda: self._client.subscriptions.list(page_number=number, page_size=PAGE_SIZE, created_at_lte=until)
-        )
-        return [item.to_dict(mode="json") for item in page.items]
+        try:
+            page = await self._ask(
+                lambda: self._client.subscriptions.list(page_number=number, page_size=PAGE_SIZE, created_at_lte=until)
+            )
+        except AttributeError as error:
+            # What the SDK makes of a page that is not the provider's.
+            raise ProviderError(None) from error
+        return [_told(item) for item in page.items]
 
     async def subscription(self, subscription_id: str) -> dict[str, Any] | None:
         """Return a subscription, or ``None`` when the provider has none with this id."""
@@ -80,8 +93,7 @@ class Provider:
             if isinstance(error.__cause__, dodopayments.NotFoundError):
                 return None
             raise
-        answer: dict[str, Any] = found.to_dict(mode="json")
-        return answer
+        return _told(found)
 
     async def _ask(self, request: Callable[[], Awaitable[T]]) -> T:
         pause = _FIRST_PAUSE
@@ -92,15 +104,17 @@ class Provider:
             except dodopayments.APIStatusError as error:
                 if attempt == _ATTEMPTS or (error.status_code < 500 and error.status_code not in (408, 409, 429)):
                     raise ProviderError(error.status_code) from error
-                wanted = error.response.headers.get("retry-after", "")
-                await anyio.sleep(min(float(wanted), _LONGEST_PAUSE) if wanted.isdecimal() else pause)
+                wanted = retry_after(error.response.headers)
+                if wanted is not None and wanted > _LONGEST_WAIT.total_seconds():
+                    raise ProviderError(error.status_code) from error
+                await anyio.sleep(pause if wanted is None else wanted)
             except dodopayments.APIConnectionError as error:
                 if attempt == _ATTEMPTS:
                     raise ProviderError(None) from error
                 await anyio.sleep(pause)
             except dodopayments.DodoPaymentsError as error:
                 raise ProviderError(None) from error
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            pause *= 2
         raise AssertionError("the last attempt returns or raises")
 
     async def _wait_for_turn(self) -> None:
@@ -109,3 +123,23 @@ class Provider:
         self._free_at = turn + self._interval
         self.requests += 1
         await anyio.sleep(turn - now)
+
+
+def _told(answer: object) -> dict[str, Any]:
+    # From a server that is not the provider the SDK hands over the text of its page.
+    if not isinstance(answer, dodopayments.BaseModel):
+        raise ProviderError(None)
+    return answer.to_dict(mode="json")
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that a ``Retry-After`` asks for, told in seconds or as an instant; ``None`` without one."""
+    told = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", told):
+        return float(told)
+    try:
+        # By the provider's own clock.
+        wait = parsedate_to_datetime(told) - parsedate_to_datetime(headers.get("date", ""))
+    except (ValueError, TypeError):
+        return None
+    return max(wait.total_seconds(), 0.0)

@@ -14,17 +14,20 @@ from pydantic import ValidationError
 from kitrocket.clock import Clock, to_db
 from kitrocket.dodo.events import PaymentState, SubscriptionSnapshot
 from kitrocket.engine import Engine
-from kitrocket.errors import KitRocketError
+from kitrocket.errors import DatabaseUnavailableError, KitRocketError, ProviderError
 from kitrocket.models import Difference, ReconcileResult
 from kitrocket.sql import statements
 from kitrocket.subscriptions.applying import Applier
-from kitrocket.subscriptions.mirror import Mirrored, differences
+from kitrocket.subscriptions.mirror import Mirrored
 
 if TYPE_CHECKING:
     from kitrocket.subscriptions.provider import Provider
 
 _SQL = statements("subscriptions")
 _log = logging.getLogger("kitrocket.subscriptions")
+
+#: A pass ends when the provider or the database was away so many times in a row.
+_AWAY_MOST = 5
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Reconciliation:
         self._write = write
         self._dry_run = dry_run
         self._counts = _Counts()
+        self._away = 0
 
     async def run(self, on_progress: Callable[[int], object] | None) -> ReconcileResult:
         """Compare every subscription, then ask for what is known here alone, and for payments known by refunds."""
@@ -103,13 +107,19 @@ class Reconciliation:
         try:
             state = SubscriptionSnapshot.model_validate(item)
         except ValidationError:
-            self._counts.failed += 1
+            self._fail(str(item.get("subscription_id"))[:255], "unreadable")
             return
         seen.add(state.subscription_id)
         row = rows.get(state.subscription_id)
         known = None if row is None else Mirrored.from_row(row)
-        if known is None or known.needs_check or differences(known, state, item):
+        if known is None or await self._applier.compare(known, state, item):
             await self.check(state.subscription_id, known.version if known else 0)
+        elif known.needs_check and not self._dry_run:
+            await self._guarded(self._agree, state.subscription_id, known.version)
+
+    async def _agree(self, subscription_id: str, version: int) -> None:
+        agreed = await self._write(partial(self._applier.note_agreed, subscription_id, version, self._clock()))
+        self._counts.raced += not agreed
 
     async def _check(self, subscription_id: str, version: int) -> None:
         found = await self._provider.subscription(subscription_id)
@@ -117,17 +127,22 @@ class Reconciliation:
         now = self._clock()
         if found is None:
             self._counts.gone += 1
+            self._counts.differences.append(
+                Difference(subscription_id=subscription_id, field="subscription_id", ours=subscription_id, theirs=None)
+            )
             if not self._dry_run:
                 await self._write(partial(self._applier.note_gone, subscription_id, now))
             return
         state = SubscriptionSnapshot.model_validate(found)
-        if self._applier.problem_with(state) is not None:
+        problem = self._applier.problem_with(state)
+        if problem is not None:
             # The unknown never downgrades.
-            self._counts.failed += 1
+            self._fail(subscription_id, problem)
             return
         if self._dry_run:
             row = (await self._versions([subscription_id])).get(subscription_id)
-            self._counts.differences += differences(None if row is None else Mirrored.from_row(row), state, found)
+            known = None if row is None else Mirrored.from_row(row)
+            self._counts.differences += await self._applier.compare(known, state, found)
             return
         changes = await self._write(partial(self._applier.adopt, state, found, version, now))
         if changes is None:
@@ -146,10 +161,27 @@ class Reconciliation:
         self._counts.changed += 1
 
     async def _guarded(self, step: Callable[..., Any], *arguments: object) -> None:
-        """Take a step of the pass; one that fails is logged and counted, and the pass goes on."""
+        """Take a step of the pass; one that fails is logged and counted, and the pass goes on.
+
+        Not when nobody answers any more, or the key was withdrawn meanwhile.
+        """
         try:
             await step(*arguments)
         except (KitRocketError, ValidationError, asyncpg.PostgresError) as error:
-            self._counts.failed += 1
-            # Without its text, which may quote what the provider answered.
-            _log.warning("%s could not be checked: %s", arguments[0], type(error).__name__)
+            # Only the text of our own errors: the others' may quote what the provider answered.
+            self._fail(str(arguments[0]), str(error) if isinstance(error, KitRocketError) else type(error).__name__)
+            self._away = self._away + 1 if _is_away(error) else 0
+            if self._away == _AWAY_MOST or (isinstance(error, ProviderError) and error.status_code in (401, 403)):
+                raise
+        else:
+            self._away = 0
+
+    def _fail(self, id: str, problem: str) -> None:
+        self._counts.failed += 1
+        _log.warning("%s could not be checked: %s", id, problem)
+
+
+def _is_away(error: Exception) -> bool:
+    if isinstance(error, ProviderError):
+        return error.status_code is None or error.status_code >= 500
+    return isinstance(error, DatabaseUnavailableError)

@@ -24,6 +24,7 @@ from kitrocket.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
     MissingExtraError,
+    ProviderError,
     SubscriptionConflictError,
     WebhookNotFoundError,
     WebhookPayloadError,
@@ -250,14 +251,16 @@ class SubscriptionService:
             await self._persist(partial(self._reproject, subscription_id, now))
             for subscription_id in await self._applier.due(now)
         ]
+        told, purged = await self.run_hooks(), await self._purge_hourly(now)
+        # Last, as a provider that is away is waited for.
         await self._check_flagged_if_possible()
         return RetryResult(
             tried=len(tried),
             finished=sum(state in FINISHED for state in tried),
             dead=tried.count("dead"),
             reprojected=reprojected.count(True),
-            told=await self.run_hooks(),
-            purged=await self._purge_hourly(now),
+            told=told,
+            purged=purged,
         )
 
     async def replay(self, webhook_id: str, *, hooks: bool = False) -> WebhookReceipt:
@@ -282,8 +285,10 @@ class SubscriptionService:
         the next pass. What the provider does not know becomes an incident of kind ``drift``. ``dry_run`` writes
         nothing. ``on_progress`` is called with how many subscriptions were compared.
 
-        Raises :class:`ConfigurationError` without ``api_key``, :class:`MissingExtraError` without the extra ``dodo``,
-        and :class:`ProviderError` when the provider's list cannot be read; a failure with one subscription is counted.
+        A failure with one subscription is counted and logged. Raises :class:`ConfigurationError` without ``api_key``,
+        :class:`MissingExtraError` without the extra ``dodo``, and :class:`ProviderError` when the provider's list
+        cannot be read, the key is refused, or the provider is away five times in a row; what was taken over until then
+        stays.
         """
         async with self._provider() as provider:
             pass_ = Reconciliation(
@@ -311,7 +316,7 @@ class SubscriptionService:
             return
         try:
             await self.check_flagged()
-        except MissingExtraError as error:
+        except (MissingExtraError, ProviderError) as error:
             _log.warning("subscriptions in doubt are not checked: %s", error)
 
     def _provider(self) -> Provider:
