@@ -22,7 +22,6 @@ from kitrocket.engine import Engine, choose_conf
 from kitrocket.maintenance import run_every
 from kitrocket.migrations import check, migrate
 from kitrocket.models import IssuedSession, PruneResult, SweepResult
-from kitrocket.rotation import Rotation
 from kitrocket.sessions import SessionService
 from kitrocket.settings import Settings
 from kitrocket.subscriptions import SubscriptionService
@@ -69,29 +68,6 @@ class KitRocket:
         self._background = background and self.settings.background
         self._stack: AsyncExitStack | None = None
 
-        rotation = Rotation(
-            self.engine,
-            ttl=self.settings.session_ttl,
-            short_ttl=self.settings.session_short_ttl,
-            max_lifetime=self.settings.session_max_lifetime,
-            tokens=self.settings.session_tokens,
-        )
-        secret = self.settings.secret
-        self.users = UserService(
-            self.engine,
-            clock=clock,
-            password_scheme=self.settings.password_scheme,
-            secret=None if secret is None else secret.get_secret_value(),
-            rotation=rotation,
-        )
-        self.accounts = AccountService(
-            self.engine,
-            clock=clock,
-            token_keys=[key.get_secret_value() for key in self.settings.token_keys],
-            trusted_providers=self.settings.trusted_providers,
-            on_unverified_local=self.settings.on_unverified_local,
-            rotation=rotation,
-        )
         self.sessions = SessionService(
             self.engine,
             clock=clock,
@@ -102,6 +78,22 @@ class KitRocket:
             fresh_age=self.settings.session_fresh_age,
             max_sessions=self.settings.session_max_sessions,
             tokens=self.settings.session_tokens,
+        )
+        secret = self.settings.secret
+        self.users = UserService(
+            self.engine,
+            clock=clock,
+            password_scheme=self.settings.password_scheme,
+            secret=None if secret is None else secret.get_secret_value(),
+            rotation=self.sessions.rotation,
+        )
+        self.accounts = AccountService(
+            self.engine,
+            clock=clock,
+            token_keys=[key.get_secret_value() for key in self.settings.token_keys],
+            trusted_providers=self.settings.trusted_providers,
+            on_unverified_local=self.settings.on_unverified_local,
+            rotation=self.sessions.rotation,
         )
         #: The cookie that the web helpers read and write.
         self.session_cookie = SessionCookie(

@@ -37,7 +37,7 @@ class AccountService:
     stored plain. What a provider in ``trusted_providers`` says of an e-mail address counts, verified or not.
     ``on_unverified_local`` is what :meth:`sign_in` does about a user who never proved the address that a provider
     verified for somebody: ``"refuse"`` or ``"take_over"``. ``refresh_limit`` is how long a provider may take to refresh
-    a token. ``rotation`` knows how session tokens are stored.
+    a token. ``rotation`` is ``SessionService.rotation`` of a service whose arguments are not the defaults.
 
     Raises :class:`ConfigurationError` for a key that is none, :class:`InvalidInputError` for the others.
     """

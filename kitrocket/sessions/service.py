@@ -18,6 +18,7 @@ from kitrocket.engine import Engine
 from kitrocket.errors import ConfigurationError, InvalidInputError, SessionNotFreshError, UserNotFoundError
 from kitrocket.ids import new_id
 from kitrocket.models import DigestResult, IssuedSession, Session, SessionWithUser, SweepResult
+from kitrocket.rotation import Rotation
 from kitrocket.sessions.validation import Validator
 from kitrocket.sql import statements
 from kitrocket.tokens import TokenStorage, is_possible, new_token, stored_forms
@@ -72,6 +73,8 @@ class SessionService:
         self._clock = clock
         self._tokens = tokens
         self._ipv6_network_only = ipv6_network_only
+        #: Ends these sessions when a credential changes: for the arguments of ``UserService`` and ``AccountService``.
+        self.rotation = Rotation(engine, ttl=ttl, short_ttl=short_ttl, max_lifetime=max_lifetime, tokens=tokens)
         self._validator = Validator(engine, ttl=ttl, update_age=update_age, max_lifetime=max_lifetime)
 
     async def create(

@@ -47,7 +47,8 @@ class UserService:
     ``clock`` answers the present instant, timezone-aware; what is stored is cut to whole milliseconds.
     ``password_scheme`` is what new hashes are written in: ``"argon2id"``, or ``"better-auth"`` for a database that
     Better Auth also uses. ``limiter`` bounds how many passwords are hashed at once (default: 4). ``secret``, at least
-    32 bytes, signs the tokens that are sent by e-mail. ``rotation`` knows how sessions live and how tokens are stored.
+    32 bytes, signs the tokens that are sent by e-mail. ``rotation`` ends sessions when a credential changes:
+    ``SessionService.rotation`` of a service whose arguments are not the defaults.
     Raises :class:`ConfigurationError` for a scheme or a secret that cannot be used.
     """
 

@@ -22,8 +22,10 @@ from kitrocket.clock import to_db
 from kitrocket.engine import Engine
 from kitrocket.errors import EmailTakenError, InvalidInputError, UserNotFoundError, WrongPasswordError
 from kitrocket.models import CredentialChange, IssuedSession
+from kitrocket.sessions import SessionService
 from kitrocket.testing import ManualClock
 from kitrocket.tokens import digest, new_token
+from kitrocket.users import UserService
 from servers import Server
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("cheap_hashes")]
@@ -99,6 +101,25 @@ async def test_a_new_password_ends_the_other_sessions_and_renews_the_kept_one(
     assert await kit.sessions.validate(stranger.token) is not None
     assert await kit.users.authenticate(email="ada@example.com", password=OLD) is None
     assert await kit.users.authenticate(email="ada@example.com", password=NEW) == change.user
+
+
+async def test_services_alone_share_how_sessions_live(engine: Engine, clock: ManualClock, old_hash: str) -> None:
+    sessions = SessionService(
+        engine, clock=clock, ttl=2 * TTL, short_ttl=timedelta(hours=3), max_lifetime=None, tokens="plain"
+    )
+    users = UserService(engine, clock=clock, rotation=sessions.rotation)
+    user_id = await make_login(engine, old_hash)
+    kept = {remember: await sessions.create(user_id, remember=remember) for remember in (True, False)}
+    clock.advance(timedelta(hours=1))
+    current, new = OLD, NEW
+    for remember, life in ((True, 2 * TTL), (False, timedelta(hours=3))):
+        keep = kept[remember].token
+        change = await users.change_password(user_id, current=current, new=new, keep=keep, revoke="none")
+        current, new = new, current
+        assert change.issued is not None
+        found = await sessions.validate(change.issued.token)
+        assert found is not None
+        assert found.session.expires_at == clock.now + life
 
 
 @pytest.mark.parametrize(("revoke", "left", "is_kept"), [("none", 3, True), ("others", 1, True), ("all", 0, False)])
@@ -391,6 +412,7 @@ async def test_what_is_stored_is_utc_wherever_clock_process_and_database_are(
 ) -> None:
     new_york = ZoneInfo("America/New_York")
     await engine.fetch(f"ALTER DATABASE {database} SET timezone = 'America/New_York'")
+    await engine.fetch(f"ALTER ROLE CURRENT_USER IN DATABASE {database} SET timezone = 'America/New_York'")
     monkeypatch.setenv("TZ", "America/New_York")
     time.tzset()
     try:

@@ -543,6 +543,7 @@ async def test_what_is_stored_is_utc_wherever_clock_process_and_database_are(
 ) -> None:
     new_york = ZoneInfo("America/New_York")
     await engine.fetch(f"ALTER DATABASE {database} SET timezone = 'America/New_York'")
+    await engine.fetch(f"ALTER ROLE CURRENT_USER IN DATABASE {database} SET timezone = 'America/New_York'")
     monkeypatch.setenv("TZ", "America/New_York")
     time.tzset()
     try:

@@ -213,17 +213,23 @@ async def test_a_zone_that_is_not_utc_changes_nothing(
     try:
         async with server.engine(database, pool_size=1) as engine:
             await engine.fetch(f"ALTER DATABASE {database} SET timezone = 'America/New_York'")
+            await engine.fetch(f"ALTER ROLE CURRENT_USER IN DATABASE {database} SET timezone = 'America/New_York'")
+        stranger = await asyncpg.connect(server.url(database, direct=True))
+        assert await stranger.fetchval("SHOW timezone") == "America/New_York"
+        await stranger.close()
         async with server.engine(database) as engine:
             sessions = SessionService(engine)
-            issued = await sessions.create(await make_user(engine))
+            user_id = await make_user(engine)
+            before = utc_now()
+            issued = await sessions.create(user_id)
+            after = utc_now()
             stored = await engine.fetchval("SELECT created_at FROM sessions")
             found = await sessions.validate(issued.token)
-            now = utc_now()
     finally:
         monkeypatch.undo()
         time.tzset()
     assert found is not None
-    assert abs(to_db(now) - stored) < SECOND * 5
+    assert before - SECOND < from_db(stored) <= after
     assert found.session.expires_at == issued.session.expires_at == from_db(stored) + 7 * DAY
 
 
