@@ -19,6 +19,8 @@ repr or a log: where the data is secret, the attribute is left out too.
   + SessionNotFreshError
   + SubscriptionConflictError
   + UsageConflictError
+  + QuotaExceededError
+  + ReservationNotFoundError
   + RecorderClosedError
   + WindowNotExactError
   + NoBillingPeriodError
@@ -43,6 +45,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Protocol
 
 
 class KitRocketError(Exception):
@@ -198,6 +201,70 @@ class UsageConflictError(KitRocketError):
 
     def __str__(self) -> str:
         return f"usage id {self.usage_id!r} is already recorded with another user, model or token count"
+
+
+class Refusal(Protocol):
+    """What is said of a limit that was reached: a :class:`~kitrocket.models.Decision`, to which this floor is blind."""
+
+    @property
+    def limit(self) -> int:
+        """The limit, in tokens."""
+        ...
+
+    @property
+    def used(self) -> int:
+        """What calls have used of it."""
+        ...
+
+    @property
+    def reserved(self) -> int:
+        """What calls that run now have set aside."""
+        ...
+
+    @property
+    def remaining(self) -> int:
+        """What is left."""
+        ...
+
+    @property
+    def reset_at(self) -> datetime | None:
+        """When the calls that count have all left the window."""
+        ...
+
+    @property
+    def retry_after(self) -> int | None:
+        """In how many seconds the tokens fit; ``None`` when they never will."""
+        ...
+
+
+class QuotaExceededError(KitRocketError):
+    """The tokens that a call wants to reserve don't fit into a limit; nothing was reserved.
+
+    ``decision`` is the :class:`~kitrocket.models.Decision`. An endpoint answers 429, with ``Retry-After``.
+    """
+
+    def __init__(self, decision: Refusal) -> None:
+        super().__init__(decision)
+        self.decision = decision
+
+    def __str__(self) -> str:
+        decision = self.decision
+        wait = "never" if decision.retry_after is None else f"in {decision.retry_after} s"
+        return (
+            f"of {decision.limit:,} tokens {decision.used:,} are used and {decision.reserved:,} reserved; "
+            f"the call would fit {wait}"
+        )
+
+
+class ReservationNotFoundError(KitRocketError):
+    """No reservation has this id: it was never made, released, or it expired a day ago with nothing used."""
+
+    def __init__(self, reservation_id: str) -> None:
+        super().__init__(reservation_id)
+        self.reservation_id = reservation_id
+
+    def __str__(self) -> str:
+        return f"no reservation with the id {self.reservation_id!r}"
 
 
 class RecorderClosedError(KitRocketError):

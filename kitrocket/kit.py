@@ -196,6 +196,12 @@ class KitRocket:
             group.start_soon(
                 run_every, "retry webhooks", self.subscriptions.retry_parked, self.settings.webhook_retry_interval
             )
+            group.start_soon(
+                partial(run_every, sleep=self.usage.renewal_due),
+                "expire reservations",
+                self.usage.expire_reservations,
+                self.settings.usage_expire_interval,
+            )
             if self.settings.usage_retention is not None:
                 group.start_soon(run_every, "prune usage", self._prune, self.settings.usage_prune_interval)
 

@@ -8,7 +8,7 @@ Every datetime is timezone-aware, in UTC.
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, timedelta
 from decimal import Decimal
 from typing import Literal
 
@@ -370,6 +370,74 @@ class CostReport(Value):
     complete: bool
 
 
+#: What a limit is for: any stretch of time of this length, the calendar month in UTC, or the user's billing period.
+LimitWindow = timedelta | Literal["month", "billing"]
+
+
+class Limit(Value):
+    """So many tokens in any window of this length, or in each ``"month"`` (UTC) or ``"billing"`` period."""
+
+    model_config = ConfigDict(strict=True)
+
+    tokens: int
+    window: LimitWindow = timedelta(days=30)
+
+
+class Decision(Value):
+    """Whether tokens were reserved, and how a limit stands. Of several limits it is the one that decides: the one with
+    the longest wait where the call was refused, else the one with the least left.
+
+    ``used`` is what calls have used of it, ``reserved`` what calls that run now have set aside, this one among them
+    when it is ``allowed``; ``remaining`` is the rest. ``id`` is the reservation's, ``None`` without one. ``reset_at``
+    is the first instant at which none of the calls that count now does, which is the end of a period; ``None`` when
+    none counts. ``retry_after`` is in how many seconds, rounded up, the tokens fit if nobody else calls: 0 when they do
+    now, ``None`` when they never will or nobody can tell. ``crossed`` are the thresholds, in percent, that this call
+    was the first to see.
+    """
+
+    allowed: bool
+    id: str | None
+    limit: int
+    window: LimitWindow
+    used: int
+    reserved: int
+    remaining: int
+    reset_at: AwareDatetime | None
+    retry_after: int | None
+    crossed: list[int]
+
+
+class SettledUsage(UsageRecord):
+    """What a reserved call used in the end, committed. ``overrun`` is what exceeds its reservation.
+
+    ``duplicate`` says that it had been recorded before. ``crossed`` as in a :class:`Decision`.
+    """
+
+    overrun: int
+    crossed: list[int]
+
+
+class UsageAlert(Value):
+    """A threshold of a limit that a user's calls have crossed, told once."""
+
+    user_id: str
+    limit: int
+    window: LimitWindow
+    percent: int
+    used: int
+    at: AwareDatetime
+
+
+class ExpiryResult(Value):
+    """How many reservations of running calls were renewed, how many expired ones became calls, and how many were
+    deleted because nothing had been used.
+    """
+
+    renewed: int
+    recorded: int
+    deleted: int
+
+
 class UsageDrift(Value):
     """A user's day and model whose daily sum is not what the single rows say: ``kept`` is what it is."""
 
@@ -434,10 +502,13 @@ __all__ = [
     "Account",
     "BillingEvent",
     "CredentialChange",
+    "Decision",
     "DeletedUser",
     "Difference",
     "DigestResult",
+    "ExpiryResult",
     "IssuedSession",
+    "Limit",
     "Period",
     "ProviderSignIn",
     "PruneResult",
@@ -448,11 +519,13 @@ __all__ = [
     "RetryResult",
     "Session",
     "SessionWithUser",
+    "SettledUsage",
     "SignInOutcome",
     "StoredWebhook",
     "Subscription",
     "SweepResult",
     "TopUser",
+    "UsageAlert",
     "UsageBucket",
     "UsageDrift",
     "UsageEntry",

@@ -117,6 +117,8 @@ class Settings(BaseSettings):
     usage_retention: timedelta | None = Field(default=None, ge=timedelta(days=35))
     #: How often older calls are deleted; zero: never.
     usage_prune_interval: timedelta = timedelta(hours=1)
+    #: How often what expired reservations had used is recorded; those of running calls are renewed anyway. Zero: never.
+    usage_expire_interval: timedelta = timedelta(seconds=60)
     #: How many calls may wait to be recorded before their callers have to wait too.
     usage_queue_size: int = Field(default=10_000, ge=1)
     #: How long a call waits for others to share its commit; zero: only while another commit runs.
@@ -154,6 +156,7 @@ class Settings(BaseSettings):
         "usage_linger",
         "usage_retention",
         "usage_prune_interval",
+        "usage_expire_interval",
         mode="before",
     )
     @classmethod

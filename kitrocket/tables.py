@@ -214,8 +214,29 @@ class BillingIncidents(Table, tablename="billing_incidents", schema=SCHEMA):
     hook_next_at = Timestamp(null=True, default=None)
 
 
+class UsageReservations(Table, tablename="usage_reservations", schema=SCHEMA):
+    """Tokens set aside for calls that run now. One that has expired is free, swept or not."""
+
+    id = Text(primary_key=True, default=None)
+    user_id = ForeignKey(Users, null=False, on_delete=OnDelete.cascade, on_update=OnUpdate.no_action, index=True)
+    model = Text(default=None)
+    tokens = Integer(default=None)
+    #: What the call has used so far, as of its last renewal.
+    used = Integer(default=0)
+    created_at = Timestamp(default=None)
+    expires_at = Timestamp(default=None)
+    #: The limits and percentages that are looked at again when it is settled.
+    thresholds = JSONB(null=True, default=None)
+
+
 #: The seed's five, in the order of their foreign keys.
 SEED_TABLES: tuple[type[Table], ...] = (Users, Sessions, Accounts, Subscriptions, Usage)
 
 #: kitrocket's own, in schema ``kitrocket``.
-OWN_TABLES: tuple[type[Table], ...] = (WebhookEvents, DodoSubscriptions, DodoPayments, BillingIncidents)
+OWN_TABLES: tuple[type[Table], ...] = (
+    WebhookEvents,
+    DodoSubscriptions,
+    DodoPayments,
+    BillingIncidents,
+    UsageReservations,
+)

@@ -32,11 +32,12 @@ _NOTES = {
     "dodo_subscriptions": "The provider's newest snapshot of each subscription.",
     "dodo_payments": "The index of payments, with refunds and disputes.",
     "billing_incidents": "What somebody should look at: open until it is over.",
+    "usage_reservations": "Tokens set aside for calls that run now; an expired one no longer counts.",
 }
 _GROUPS: Mapping[str, tuple[type[Table], ...]] = {
     "People": (tables.Users, tables.Accounts, tables.Sessions),
-    "Billing": (tables.Subscriptions, *tables.OWN_TABLES),
-    "Usage": (tables.Usage,),
+    "Billing": (tables.Subscriptions, *(table for table in tables.OWN_TABLES if table is not tables.UsageReservations)),
+    "Usage": (tables.Usage, tables.UsageReservations),
 }
 #: What is newest first, where a table has no ``created_at``.
 _NEWEST_BY = {"webhook_events": "received_at", "billing_incidents": "opened_at"}

@@ -186,6 +186,18 @@ def prune(
     run(work)
 
 
+@usage.command()
+def expire() -> None:
+    """Record what expired reservations had used, as the background work does. For cron."""
+
+    async def work() -> None:
+        async with opened() as kit:
+            result = await kit.usage.expire_reservations()
+        out.print(f"Recorded {result.recorded:,} expired reservation(s), deleted {result.deleted:,}.")
+
+    run(work)
+
+
 def _show(what: str, rows: list[tuple[str, int, int]]) -> None:
     table = Table(what, box=None, show_footer=True)
     table.columns[0].footer = "total"

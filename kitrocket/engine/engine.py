@@ -289,13 +289,21 @@ class Engine(PostgresEngine):
         *,
         lock_timeout: timedelta | None = None,
         statement_timeout: timedelta | None = None,
+        read_committed: bool = False,
     ) -> Transaction:
         """``async with engine.transaction():`` everything in it that runs on this engine commits together.
 
         Inside another one it is a savepoint. It is safe under cancellation, and belongs to its task. The limits bound
         how long each statement from here to the end of the outermost transaction waits for a lock, and runs.
+        ``read_committed`` says that each statement needs a snapshot of its own, whatever the role's default is.
         """
-        return Transaction(self, allow_nested, lock_timeout=lock_timeout, statement_timeout=statement_timeout)
+        return Transaction(
+            self,
+            allow_nested,
+            lock_timeout=lock_timeout,
+            statement_timeout=statement_timeout,
+            read_committed=read_committed,
+        )
 
     def in_transaction(self) -> bool:
         """Whether the running task is inside a transaction of this engine."""

@@ -30,7 +30,7 @@ class Transaction(PostgresTransaction):
     connection runs one statement at a time.
     """
 
-    __slots__ = ("_depth", "_limits", "closed", "owner")
+    __slots__ = ("_begin", "_depth", "_limits", "closed", "owner")
 
     engine: Engine
     _parent: Transaction | None
@@ -42,8 +42,10 @@ class Transaction(PostgresTransaction):
         *,
         lock_timeout: timedelta | None = None,
         statement_timeout: timedelta | None = None,
+        read_committed: bool = False,
     ) -> None:
         super().__init__(engine, allow_nested)
+        self._begin = "BEGIN ISOLATION LEVEL READ COMMITTED" if read_committed else "BEGIN"
         limits = {"lock_timeout": lock_timeout, "statement_timeout": statement_timeout}
         self._limits = "".join(
             f"; SET LOCAL {name} = {limit // timedelta(milliseconds=1)}"
@@ -72,7 +74,7 @@ class Transaction(PostgresTransaction):
 
     async def begin(self) -> None:
         # In one message, since a round trip is what a short transaction waits for most.
-        begin = f"SAVEPOINT {self._savepoint}" if self._parent else "BEGIN"
+        begin = f"SAVEPOINT {self._savepoint}" if self._parent else self._begin
         await self.connection.execute(begin + self._limits)
 
     async def commit(self) -> None:

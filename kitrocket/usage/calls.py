@@ -28,7 +28,8 @@ class Call(NamedTuple):
     """A call as it is to be written.
 
     ``is_given`` says that the id is the caller's, so that it may be known already; ``is_late`` that the call may lie in
-    a pruned day. ``prefix`` stands before the names of its values in an error.
+    a pruned day. ``prefix`` stands before the names of its values in an error. ``settles`` says that it was reserved
+    under its id: the reservation goes with the commit, and what was recorded of it before may be less or more.
     """
 
     id: str
@@ -39,9 +40,12 @@ class Call(NamedTuple):
     is_given: bool
     is_late: bool
     prefix: str
+    settles: bool = False
 
     def is_recorded_as(self, row: asyncpg.Record) -> bool:
         """Whether a row with this call's id is this call; its time need not be equal."""
+        if self.settles:
+            return (self.user_id, self.model) == (row["user_id"], row["model"])
         return (self.user_id, self.tokens, self.model) == (row["user_id"], row["tokens_used"], row["model"])
 
     def is_same_as(self, other: Call) -> bool:

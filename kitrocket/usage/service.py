@@ -8,23 +8,29 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
 from os import PathLike
-from typing import Literal
+from typing import Literal, TypeVar
 
 import anyio
 import asyncpg
 
 from kitrocket.clock import Clock, from_db, utc_now
 from kitrocket.engine import Engine
-from kitrocket.errors import ConfigurationError, InvalidInputError, UsageConflictError
-from kitrocket.inputs import duration, flag, instant, label, whole_number
+from kitrocket.errors import ConfigurationError, InvalidInputError, TransactionError, UsageConflictError
+from kitrocket.ids import new_usage_id
+from kitrocket.inputs import duration, flag, instant, label, text, whole_number
 from kitrocket.models import (
     CostReport,
+    Decision,
+    ExpiryResult,
+    Limit,
+    LimitWindow,
     ModelPrice,
     Period,
     PricesSet,
     PruneResult,
     RebuildResult,
     RecordedUsage,
+    SettledUsage,
     TopUser,
     UsageBucket,
     UsageEntry,
@@ -32,10 +38,15 @@ from kitrocket.models import (
     VerifyResult,
 )
 from kitrocket.usage.calls import Call, checked, read_all
+from kitrocket.usage.limits import checked_limits, checked_thresholds
+from kitrocket.usage.metering import Meter, OpenMeters
 from kitrocket.usage.price_entries import CURRENCY, checked_price, currency_code, day_of, read_file, read_prices
 from kitrocket.usage.prices import Prices
+from kitrocket.usage.quotas import Quotas, Reservation
 from kitrocket.usage.recorder import Owner, Recorder
+from kitrocket.usage.settling import LATE, Settler
 from kitrocket.usage.sums import Sums
+from kitrocket.usage.thresholds import OnThreshold, Thresholds
 from kitrocket.usage.upkeep import midnight, prune, rebuild, verify
 from kitrocket.usage.writing import Writer
 from kitrocket.windows import (
@@ -49,6 +60,13 @@ from kitrocket.windows import (
     time_zone,
     window,
 )
+
+#: The longest id of a reservation: that of what comes after its expiry is longer.
+_RESERVATION_ID_MAX = 255 - len(LATE)
+_TTL_MIN, _TTL_MAX = timedelta(seconds=1), timedelta(days=1)
+_DAYS_30 = timedelta(days=30)
+
+H = TypeVar("H", bound=OnThreshold)
 
 
 class UsageService:
@@ -75,6 +93,17 @@ class UsageService:
         self._prices = Prices(engine, rollup=rollup)
         self._writer = Writer(engine, rollup=rollup)
         self._recorder = Recorder(engine, self._writer, queue_size=queue_size, linger=linger)
+        self._thresholds = Thresholds(engine)
+        self._quotas = Quotas(engine, self._sums, self._thresholds, rollup=rollup)
+        self._settler = Settler(
+            engine,
+            self._record,
+            writer=self._writer,
+            sums=self._sums,
+            quotas=self._quotas,
+            thresholds=self._thresholds,
+        )
+        self._meters = OpenMeters(engine)
 
     # -- recording ----------------------------------------------------------------------------------------------
 
@@ -93,10 +122,7 @@ class UsageService:
         :class:`UserNotFoundError`, and :class:`RecorderClosedError` after the kit was left.
         """
         call = checked("", now=self._now(), user_id=user_id, tokens=tokens, model=model, id=id, at=at)
-        if self._recorder.takes():
-            there = await self._recorder.record(call)
-        else:
-            there = (await self._writer.write([call])).get(call.id)
+        there = await self._record(call)
         return UsageRecord(
             id=call.id,
             user_id=call.user_id,
@@ -105,6 +131,12 @@ class UsageService:
             at=call.at if there is None else from_db(there["created_at"]),
             duplicate=there is not None and call.is_given,
         )
+
+    async def _record(self, call: Call) -> asyncpg.Record | None:
+        """Write a call, with others where calls share commits, and return the row that was there already."""
+        if self._recorder.takes():
+            return await self._recorder.record(call)
+        return (await self._writer.write([call])).get(call.id)
 
     async def record_many(self, entries: Iterable[UsageEntry | Mapping[str, object]]) -> RecordedUsage:
         """Record many calls in one transaction, all of them or none, and return how many were new.
@@ -132,6 +164,129 @@ class UsageService:
         most 5 seconds.
         """
         return self._recorder.open(owned)
+
+    # -- quotas -------------------------------------------------------------------------------------------------
+
+    async def reserve(
+        self,
+        user_id: str,
+        *,
+        tokens: int,
+        model: str,
+        limit: int | None = None,
+        window: LimitWindow = _DAYS_30,
+        limits: Iterable[Limit] = (),
+        ttl: timedelta = timedelta(seconds=600),
+        thresholds: Iterable[int] = (),
+        id: str | None = None,
+    ) -> Decision:
+        """Set tokens aside for a call, if they fit into every limit beside what is used and reserved.
+
+        ``limit`` is how many tokens calls may use in any ``window`` (1 s to 3,660 days), in the calendar ``"month"`` in
+        UTC or in the ``"billing"`` period; ``limits`` are more of them. Racing calls of any number of processes never
+        pass a limit together. After ``ttl`` (1 s to 1 day) the tokens are free again. The same ``id`` with the same
+        values is admitted again and counts once. A call that is refused is a :class:`Decision` that says so.
+
+        ``thresholds`` are percentages of what is used, looked at here and when the call is settled: see
+        :meth:`on_threshold`.
+
+        Raises :class:`TransactionError` inside a transaction, :class:`UserNotFoundError`, :class:`UsageConflictError`
+        for an id of another call, :class:`NoBillingPeriodError`, and :class:`WindowNotExactError` for a window that
+        begins in a pruned day.
+        """
+        now = self._now()
+        checked = checked_limits(limit, window, limits)
+        if not checked:
+            raise InvalidInputError("limit", "there is none", "limit or limits")
+        wanted = Reservation(
+            new_usage_id(now) if id is None else _reservation_id(id),
+            label("user_id", user_id),
+            label("model", model),
+            whole_number("tokens", tokens),
+            duration("ttl", ttl, min=_TTL_MIN, max=_TTL_MAX),
+            is_given=id is not None,
+        )
+        return await self._quotas.reserve(wanted, checked, checked_thresholds(thresholds), now=now)
+
+    async def settle(self, id: str, *, used: int) -> SettledUsage:
+        """Record what a reserved call used, as a call of the reservation's id made now, and give the rest back.
+
+        What exceeds the reservation is recorded too and is the ``overrun``. Doing it twice counts once. Where the
+        reservation expired and what it had used so far was recorded, the rest is added under the id + ``".late"``.
+
+        Raises :class:`ReservationNotFoundError`, :class:`UsageConflictError` when the rest was another one before, and
+        :class:`RecorderClosedError` after the kit was left.
+        """
+        return await self._settler.settle(_reservation_id(id), whole_number("used", used), now=self._now())
+
+    async def release(self, id: str) -> bool:
+        """Give back what was reserved for a call that used nothing, and return whether there was such a reservation."""
+        return await self._settler.release(_reservation_id(id))
+
+    def meter(
+        self,
+        user_id: str,
+        *,
+        model: str,
+        reserve: int | None = None,
+        limit: int | None = None,
+        window: LimitWindow = _DAYS_30,
+        limits: Iterable[Limit] = (),
+        ttl: timedelta = timedelta(seconds=600),
+        thresholds: Iterable[int] = (),
+        id: str | None = None,
+    ) -> Meter:
+        """``async with kit.usage.meter(...) as meter:`` count a call's tokens, and record them however the block ends.
+
+        With a limit ``reserve`` tokens are reserved on entry, as by :meth:`reserve` and with its arguments; a running
+        kit keeps the reservation alive. Without one nothing is reserved. An exception, and cancellation too, pass on
+        once the count is recorded, which takes at most 5 s.
+
+        Entering raises :class:`QuotaExceededError` when the tokens don't fit, and what :meth:`reserve` raises; leaving
+        raises :class:`DatabaseUnavailableError` when the count could not be recorded.
+        """
+        checked = checked_limits(limit, window, limits)
+        if checked and reserve is None:
+            raise InvalidInputError("reserve", "it is missing", "how many tokens the call may use")
+        return Meter(
+            label("user_id", user_id),
+            label("model", model),
+            id=None if id is None else _reservation_id(id),
+            tokens=0 if reserve is None else whole_number("reserve", reserve),
+            limits=checked,
+            percents=checked_thresholds(thresholds),
+            ttl=duration("ttl", ttl, min=_TTL_MIN, max=_TTL_MAX),
+            clock=self._now,
+            quotas=self._quotas,
+            settler=self._settler,
+            meters=self._meters,
+            engine=self._engine,
+        )
+
+    def on_threshold(self, hook: H) -> H:
+        """Call ``hook`` with a :class:`UsageAlert` after the commit of the call that crosses a threshold; a decorator.
+
+        Of racing calls one does. In a period each threshold fires once; in a sliding window it fires again after use
+        has fallen 10 points below it. A hook that fails is logged, and not called again.
+        """
+        self._thresholds.add(hook)
+        return hook
+
+    async def expire_reservations(self) -> ExpiryResult:
+        """Renew the reservations of the meters that run in this process, and record what expired ones had used.
+
+        Safe beside others that do the same; not inside a transaction.
+        """
+        if self._engine.in_transaction():
+            raise TransactionError("reservations expire as they go, so not inside a transaction")
+        now = self._now()
+        renewed = await self._meters.renew(now=now)
+        recorded, deleted = await self._settler.expire(now=now)
+        return ExpiryResult(renewed=renewed, recorded=recorded, deleted=deleted)
+
+    async def renewal_due(self, seconds: float) -> None:
+        """Wait until :meth:`expire_reservations` is to renew a meter of this process, at most so many seconds."""
+        await self._meters.until_due(seconds)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -340,6 +495,10 @@ class UsageService:
 
     def _now(self) -> datetime:
         return self._clock().astimezone(UTC)
+
+
+def _reservation_id(id: object) -> str:
+    return text("id", label("id", id), max=_RESERVATION_ID_MAX)
 
 
 def _bucket(start: datetime, end: datetime | None, model: str | None, row: asyncpg.Record | None) -> UsageBucket:

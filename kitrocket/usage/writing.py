@@ -20,6 +20,7 @@ _ROUNDS = 5
 
 _SQL = statements("usage")
 _ROLLUP = statements("rollup")
+_QUOTAS = statements("quotas")
 
 
 class Source(Protocol):
@@ -45,13 +46,14 @@ class Writer:
         """
 
         async def unit() -> dict[str, asyncpg.Record]:
-            if len(calls) == 1 and not self._engine.in_transaction() and not self._may_be_pruned(calls):
+            if len(calls) == 1 and not self._engine.in_transaction() and not self._is_more_than_an_insert(calls):
                 return await self._insert_or_refuse(calls)
             there: dict[str, asyncpg.Record] = {}
             async with self._engine.transaction():
                 await self._refuse_pruned(calls)
                 for start in range(0, len(calls), _BATCH):
                     there |= await self._insert_or_refuse(calls[start : start + _BATCH])
+                await self._forget_reservations(calls)
             return there
 
         return await self._engine.retry(unit, idempotent=True)
@@ -61,11 +63,22 @@ class Writer:
 
         Raises :class:`InvalidInputError` when a call lies in a day whose single rows were pruned.
         """
-        if not self._may_be_pruned(calls):
+        if not self._is_more_than_an_insert(calls):
             return await self.insert(lane, calls)
         async with self._engine.transaction():
             await self._refuse_pruned(calls)
-            return await self.insert(self._engine, calls)
+            there = await self.insert(self._engine, calls)
+            await self._forget_reservations(calls)
+            return there
+
+    def _is_more_than_an_insert(self, calls: Sequence[Call]) -> bool:
+        return any(call.settles for call in calls) or self._may_be_pruned(calls)
+
+    async def _forget_reservations(self, calls: Sequence[Call]) -> None:
+        """Delete the reservations of calls, after their rows: a user who is being deleted is waited for there."""
+        settled = [call.id for call in calls if call.settles]
+        if settled:
+            await self._engine.fetch(_QUOTAS["forget"], settled)
 
     def _may_be_pruned(self, calls: Sequence[Call]) -> bool:
         return self._rollup and any(call.is_late for call in calls)

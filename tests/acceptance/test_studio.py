@@ -167,7 +167,7 @@ async def test_the_tables_stand_in_groups_and_the_login_tables_are_not_among_the
         "grouped": {
             "People": ["accounts", "sessions", "users"],
             "Billing": ["billing_incidents", "dodo_payments", "dodo_subscriptions", "subscriptions", "webhook_events"],
-            "Usage": ["usage"],
+            "Usage": ["usage", "usage_reservations"],
         },
         "ungrouped": [],
     }

@@ -95,7 +95,7 @@ async def test_background_work_can_be_off(engine: Engine, clock: ManualClock, of
     await make_session(engine, user_id, expires_at=clock.now - timedelta(days=1))
     never = timedelta(0)
     settings = (
-        Settings(session_sweep_interval=never, webhook_retry_interval=never)
+        Settings(session_sweep_interval=never, webhook_retry_interval=never, usage_expire_interval=never)
         if off == "intervals"
         else Settings(background=off != "setting")
     )
