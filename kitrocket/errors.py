@@ -30,6 +30,7 @@ repr or a log: where the data is secret, the attribute is left out too.
   + WebhookError
     - WebhookVerificationError
     - WebhookPayloadError
+      * WebhookPayloadPurgedError
     - WebhookTooLargeError
     - WebhookNotConfiguredError
   + DatabaseError
@@ -370,6 +371,21 @@ class WebhookPayloadError(WebhookError):
     """The body is not UTF-8, not JSON, or not an event."""
 
     status_code = 400
+
+
+class WebhookPayloadPurgedError(WebhookPayloadError):
+    """The payload of a stored webhook was taken out, by its age or with its user, so it cannot be replayed."""
+
+    def __init__(self, webhook_id: str) -> None:
+        super().__init__("payload_purged")
+        self.args = (webhook_id,)
+        self.webhook_id = webhook_id
+
+    def __str__(self) -> str:
+        return (
+            f"the payload of webhook {self.webhook_id!r} is no longer kept, so it cannot be replayed;"
+            " `kitrocket webhooks reconcile` asks DodoPayments how its subscription stands now"
+        )
 
 
 class WebhookTooLargeError(WebhookError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
 
 import anyio
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -23,8 +24,14 @@ class _Rate(ProgressColumn):
         return Text("" if task.speed is None else f"{task.speed:,.0f}/s")
 
 
+class Report(Protocol):
+    """Takes the number that is done so far, and of how many where that was not known before."""
+
+    def __call__(self, done: int, total: int | None = None, /) -> None: ...
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int | None) -> Iterator[Report]:
     """Show the progress of ``what``: call what the block gets with the number that is done so far.
 
     It goes to standard error: on a terminal a bar with the rate and an estimate of the time that is left, elsewhere a
@@ -43,21 +50,30 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     )
     with Progress(*columns, console=remarks) as bar:
         task = bar.add_task(what, total=total)
-        # More may have come up than there was at first.
-        yield lambda done: bar.update(task, completed=done, total=max(done, total))
+
+        def show(done: int, now_of: int | None = None, /) -> None:
+            of = now_of if now_of is not None else total
+            # More may have come up than there was at first.
+            bar.update(task, completed=done, total=None if of is None else max(done, of))
+
+        yield show
 
 
-def _lines(what: str, total: int) -> Callable[[int], None]:
+def _lines(what: str, total: int | None) -> Report:
     began = shown = anyio.current_time()
 
-    def report(done: int) -> None:
+    def report(done: int, now_of: int | None = None, /) -> None:
         nonlocal shown
         now = anyio.current_time()
         if now - shown < _EVERY:
             return
         shown = now
         rate = done / (now - began)
-        left = timedelta(seconds=round(max(total - done, 0) / rate))
-        remarks.print(f"{what}: {done:,} of {max(done, total):,}, {rate:,.0f}/s, about {left} left")
+        of = now_of if now_of is not None else total
+        if of is None or not rate:
+            remarks.print(f"{what}: {done:,}, {rate:,.0f}/s")
+            return
+        left = timedelta(seconds=round(max(of - done, 0) / rate))
+        remarks.print(f"{what}: {done:,} of {max(done, of):,}, {rate:,.0f}/s, about {left} left")
 
     return report

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import anyio
 from rich.console import Console
+from rich.table import Table
 
 from kitrocket.embedded import EmbeddedServer
 from kitrocket.kit import KitRocket
@@ -33,6 +34,14 @@ def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         raise error from None
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def show_table(table: Table) -> None:
+    """Print a table that loses nothing: folded to a terminal's width, in whole lines for a pipe."""
+    for column in table.columns:
+        column.overflow = "fold"
+    console = out if out.is_terminal else Console(width=10_000, highlight=False, markup=False)
+    console.print(table)
 
 
 @asynccontextmanager

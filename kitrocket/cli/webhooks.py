@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 from rich.table import Table
 
-from kitrocket.cli.running import opened, out, remarks, run
+from kitrocket.cli.progress import progress
+from kitrocket.cli.running import opened, out, remarks, run, show_table
 from kitrocket.errors import KitRocketError, WebhookNotFoundError
 
 app = typer.Typer(no_args_is_help=True, help="Webhooks.")
@@ -46,7 +46,7 @@ def list_(
                 *(one.webhook_id, one.type, one.state, one.reason or "", str(one.attempts), one.hook_state),
                 one.user_id or "",
             )
-        out.print(table)
+        show_table(table)
 
     run(work)
 
@@ -72,11 +72,8 @@ def retry() -> None:
 
     async def work() -> None:
         async with opened() as kit:
-            with Progress(console=remarks, transient=True) as progress:
-                task = progress.add_task("trying again", total=None)
-                result = await kit.subscriptions.retry_parked(
-                    on_progress=lambda done, total: progress.update(task, completed=done, total=total)
-                )
+            with progress("trying again", None) as show:
+                result = await kit.subscriptions.retry_parked(on_progress=show)
         out.print(
             f"Tried {result.tried:,} event(s): {result.finished:,} finished, {result.dead:,} given up. "
             f"{result.reprojected:,} subscription(s) brought up to date, {result.purged:,} payload(s) purged."
@@ -103,8 +100,8 @@ def replay(
             ids = webhook_ids or [
                 one.webhook_id for one in await kit.subscriptions.list_webhooks(states=state, limit=limit)
             ]
-            with Progress(console=remarks, transient=True) as progress:
-                for webhook_id in progress.track(ids, description="replaying"):
+            with progress("replaying", len(ids)) as show:
+                for number, webhook_id in enumerate(ids, 1):
                     try:
                         outcome = (await kit.subscriptions.replay(webhook_id, hooks=hooks)).outcome
                     except KitRocketError as error:
@@ -112,6 +109,7 @@ def replay(
                         failed = True
                     else:
                         counts[outcome] = counts.get(outcome, 0) + 1
+                    show(number)
         told = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(counts.items())) or "nothing"
         out.print(f"Replayed: {told}.")
         return failed
@@ -124,26 +122,32 @@ def replay(
 def reconcile(
     dry_run: Annotated[bool, typer.Option(help="Only print what differs.")] = False,
 ) -> None:
-    """Compare every subscription with what DodoPayments says now, and take over what differs."""
+    """Compare every subscription with what DodoPayments says now, and take over what differs.
 
-    async def work() -> None:
+    Exit code 1 when one of them could not be checked; stderr says which and why.
+    """
+
+    async def work() -> bool:
         async with opened() as kit:
-            with remarks.status("asking DodoPayments") as status:
-                result = await kit.subscriptions.reconcile(
-                    dry_run=dry_run, on_progress=lambda checked: status.update(f"{checked:,} compared")
-                )
+            remarks.print("asking DodoPayments")
+            with progress("comparing", None) as show:
+                result = await kit.subscriptions.reconcile(dry_run=dry_run, on_progress=show)
         if result.differences:
             table = Table("subscription", "field", "here", "DodoPayments", box=None)
             for one in result.differences:
                 table.add_row(one.subscription_id, one.field, one.ours or "", one.theirs or "")
-            out.print(table)
+            show_table(table)
+        differing = len({one.subscription_id for one in result.differences}) - result.gone
+        changed = f"{differing:,} would be changed" if dry_run else f"{result.changed:,} changed"
         out.print(
             f"Compared {result.checked:,} subscription(s) in {result.requests:,} request(s): "
-            f"{result.changed:,} changed, {result.raced:,} outrun by a webhook, "
+            f"{changed}, {result.raced:,} outrun by a webhook, "
             f"{result.gone:,} unknown to DodoPayments, {result.failed:,} failed."
         )
+        return bool(result.failed)
 
-    run(work)
+    if run(work):
+        sys.exit(1)
 
 
 def _stamp(instant: datetime) -> str:

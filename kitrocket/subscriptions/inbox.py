@@ -137,14 +137,16 @@ class Inbox:
         row = await self._engine.fetchrow(_SQL["wait_for_event"], webhook_id)
         return None if row is None else Stored(row)
 
-    async def settle(self, stored: Stored, verdict: Verdict, now: datetime, *, hooks: bool = False) -> None:
-        """Note what became of an event, and when to try an unfinished one again.
+    async def settle(
+        self, stored: Stored, verdict: Verdict, now: datetime, *, hooks: bool = False, counted: bool = True
+    ) -> None:
+        """Note what became of an event, and when to try an unfinished one again: with ``counted`` that was an attempt.
 
         A finished one is for the hooks that want it, once, or with ``hooks`` once more.
         """
         unfinished = verdict.state not in FINISHED
-        attempts = stored.attempts + unfinished
-        due = now + self._pause(attempts) if unfinished and verdict.state != "dead" else None
+        attempts = stored.attempts + (unfinished and counted)
+        due = now + self._pause(max(attempts, 1)) if unfinished and verdict.state != "dead" else None
         is_told = not unfinished and (hooks or stored.hook_state == "none") and self._is_heard(stored.type)
         noted = await self._engine.fetchval(
             _SQL["settle_event"],

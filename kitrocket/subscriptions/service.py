@@ -6,6 +6,7 @@ import logging
 import random
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -28,6 +29,7 @@ from kitrocket.errors import (
     SubscriptionConflictError,
     WebhookNotFoundError,
     WebhookPayloadError,
+    WebhookPayloadPurgedError,
 )
 from kitrocket.models import (
     Access,
@@ -266,10 +268,11 @@ class SubscriptionService:
     async def replay(self, webhook_id: str, *, hooks: bool = False) -> WebhookReceipt:
         """Send a stored event down the same path again, and write its user's row anew.
 
-        With ``hooks`` the functions that want it are told once more.
+        With ``hooks`` the functions that want it are told once more. It does not count as an attempt: an event that
+        was given up and still cannot be applied stays given up.
 
-        Raises :class:`WebhookNotFoundError` for an unknown id and :class:`WebhookPayloadError` when the payload is
-        no longer kept.
+        Raises :class:`WebhookNotFoundError` for an unknown id and :class:`WebhookPayloadPurgedError` when the payload
+        is no longer kept.
         """
         now = self._clock()
         receipt = await self._persist(partial(self._replay, inputs.identifier("webhook_id", webhook_id), now, hooks))
@@ -422,8 +425,8 @@ class SubscriptionService:
             if stored is None or stored.payload is None or stored.state in FINISHED:
                 return None
             verdict = await self._apply(read_event(stored.payload), stored, now)
-            if verdict.state not in FINISHED and stored.attempts + 1 >= self._max_attempts:
-                verdict = Verdict("dead", verdict.reason, verdict.user_id, verdict.customer_email, verdict.last_error)
+            if stored.attempts + 1 >= self._max_attempts:
+                verdict = _dead_unless_finished(verdict)
             await self._inbox.settle(stored, verdict, now)
         return verdict.state
 
@@ -437,9 +440,11 @@ class SubscriptionService:
             if stored is None:
                 raise WebhookNotFoundError(webhook_id)
             if stored.payload is None:
-                raise WebhookPayloadError("payload_purged")
+                raise WebhookPayloadPurgedError(webhook_id)
             verdict = await self._apply(read_event(stored.payload), stored, now, again=True)
-            await self._inbox.settle(stored, verdict, now, hooks=hooks)
+            if stored.state == "dead":
+                verdict = _dead_unless_finished(verdict)
+            await self._inbox.settle(stored, verdict, now, hooks=hooks, counted=False)
         return WebhookReceipt(webhook_id=webhook_id, type=stored.type, outcome=verdict.outcome)
 
     async def _apply(self, event: Event, stored: Stored, now: datetime, *, again: bool = False) -> Verdict:
@@ -478,6 +483,10 @@ class SubscriptionService:
         raise DatabaseUnavailableError(
             "the event could not be stored and applied in time; deliver it again"
         ) from failure
+
+
+def _dead_unless_finished(verdict: Verdict) -> Verdict:
+    return verdict if verdict.state in FINISHED else replace(verdict, state="dead")
 
 
 def _is_transient(error: Exception) -> bool:

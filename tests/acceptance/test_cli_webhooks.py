@@ -1,14 +1,17 @@
-"""``kitrocket webhooks`` in processes of its own."""
+"""``kitrocket webhooks``, as someone on call runs it."""
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Awaitable, Callable
 
 import anyio
+import anyio.to_thread
 import pytest
 
-from delivering import PAYLOADS, USER, Desk, with_user
+from delivering import PAYLOADS, SUBSCRIPTION, USER, Desk, event, with_user
+from dodo_server import DodoServer
+from kitrocket.cli import main
 from kitrocket.engine import Engine
 from kitrocket.testing import ManualClock
 
@@ -17,46 +20,128 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
 PRODUCTS = '{"pdt_starter_m_4Vb7": "starter", "pdt_pro_m_8Kd2": "pro"}'
 
 
-async def webhooks(url: str, *arguments: str) -> tuple[int, str, str]:
+Webhooks = Callable[..., Awaitable[tuple[int, str, str]]]
+
+
+@pytest.fixture
+def webhooks(database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Webhooks:
+    """Runs a command in a thread of its own, for a process takes a second to start; exit code, stdout, stderr."""
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setenv("KITROCKET_DODO_PRODUCTS", PRODUCTS)
+    monkeypatch.delenv("DODO_PAYMENTS_API_KEY", raising=False)
+
+    def call() -> int:
+        try:
+            main()
+        except SystemExit as exit:
+            if isinstance(exit.code, str):
+                print(exit.code, file=sys.stderr)
+                return 1
+            return exit.code or 0
+        return 0
+
+    async def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kitrocket", "webhooks", *arguments])
+        capsys.readouterr()
+        code = await anyio.to_thread.run_sync(call)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+async def in_a_process(*arguments: str) -> tuple[int, str, str]:
     done = await anyio.run_process(
-        [sys.executable, "-c", "from kitrocket.cli import main; main()", "webhooks", *arguments],
-        env={**os.environ, "DATABASE_URL": url, "KITROCKET_DODO_PRODUCTS": PRODUCTS, "COLUMNS": "200"},
-        check=False,
+        [sys.executable, "-c", "from kitrocket.cli import main; main()", "webhooks", *arguments], check=False
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 async def test_someone_on_call_sees_and_repairs_everything(
-    engine: Engine, database_url: str, clock: ManualClock
+    engine: Engine, clock: ManualClock, webhooks: Webhooks
 ) -> None:
     desk = Desk(engine, clock)
     await desk.deliver(PAYLOADS["02"], "msg_parked")
     await desk.deliver(PAYLOADS["12"], "msg_ignored")
 
-    code, out, _ = await webhooks(database_url, "list", "--state", "parked")
+    code, out, _ = await webhooks("list", "--state", "parked")
     assert code == 0
     assert "msg_parked" in out
     assert "no_user" in out
     assert "msg_ignored" not in out
-    code, out, _ = await webhooks(database_url, "show", "msg_parked")
+    code, out, _ = await webhooks("show", "msg_parked")
     assert code == 0
     assert "subscription.renewed" in out
     assert "maya" not in out
-    code, _, error = await webhooks(database_url, "show", "msg_nowhere")
+    code, _, error = await webhooks("show", "msg_nowhere")
     assert code == 1
     assert "Traceback" not in error
 
     await with_user(desk)
-    code, out, _ = await webhooks(database_url, "retry")
+    code, out, _ = await webhooks("retry")
     assert (code, out.startswith("Tried 1 event(s): 1 finished")) == (0, True)
     await engine.fetch("UPDATE subscriptions SET plan = 'pro' WHERE user_id = $1", USER)
-    code, out, _ = await webhooks(database_url, "replay", "--state", "applied")
+    code, out, _ = await webhooks("replay", "--state", "applied")
     assert (code, out) == (0, "Replayed: 1 applied.\n")
     assert await engine.fetchval("SELECT plan FROM subscriptions") == "starter"
-    code, _, error = await webhooks(database_url, "replay", "msg_nowhere")
+    code, _, error = await webhooks("replay", "msg_nowhere")
     assert code == 1
     assert "msg_nowhere" in error
-    assert (await webhooks(database_url, "replay"))[0] == 2
-    code, _, error = await webhooks(database_url, "reconcile", "--dry-run")
+    assert (await webhooks("replay"))[0] == 2
+
+
+async def test_what_was_missed_is_shown_and_then_taken_over(
+    engine: Engine, clock: ManualClock, dodo: DodoServer, webhooks: Webhooks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = await with_user(Desk(engine, clock))
+    await desk.deliver(PAYLOADS["01"])
+    await desk.deliver(event("02", subscription_id="sub_gone"))
+    dodo.subscriptions = {
+        one["data"]["subscription_id"]: one["data"]
+        for one in (
+            PAYLOADS["02"],
+            event("02", subscription_id="sub_missed"),
+            event("02", subscription_id="sub_odd", status="new"),
+        )
+    }
+    code, _, error = await webhooks("reconcile", "--dry-run")
+    assert (code, "DODO_PAYMENTS_API_KEY" in error) == (1, True)
+
+    monkeypatch.setenv("DODO_PAYMENTS_BASE_URL", dodo.url)
+    monkeypatch.setenv("DODO_PAYMENTS_API_KEY", "key")
+    before = [*await desk.bytes_of_state(), await desk.table("webhook_events")]
+    code, out, error = await in_a_process("reconcile", "--dry-run")
     assert code == 1
-    assert "DODO_PAYMENTS_API_KEY" in error
+    assert error.splitlines() == ["asking DodoPayments", "sub_odd could not be checked: unknown_status"]
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["subscription", "field", "here", "DodoPayments"]
+    assert [SUBSCRIPTION, "previous_billing_date"] in [line[:2] for line in lines]
+    assert ["sub_missed", "subscription_id", "sub_missed"] in lines
+    assert ["sub_gone", "subscription_id", "sub_gone"] in lines
+    assert out.splitlines()[-1] == (
+        "Compared 3 subscription(s) in 5 request(s): 2 would be changed, 0 outrun by a webhook,"
+        " 1 unknown to DodoPayments, 1 failed."
+    )
+    assert [*await desk.bytes_of_state(), await desk.table("webhook_events")] == before
+    assert await engine.fetchval("SELECT count(*) FROM kitrocket.billing_incidents WHERE kind = 'drift'") == 0
+
+    del dodo.subscriptions["sub_odd"]
+    code, again, _ = await webhooks("reconcile")
+    assert (code, again.splitlines()[:-1]) == (0, out.splitlines()[:-1])
+    assert ": 2 changed, " in again
+    assert {row["status"] for row in await desk.table("dodo_subscriptions")} == {"active"}
+
+
+async def test_why_the_provider_could_not_be_asked_is_one_line(
+    dodo: DodoServer, webhooks: Webhooks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DODO_PAYMENTS_BASE_URL", dodo.url)
+    monkeypatch.setenv("DODO_PAYMENTS_API_KEY", "other")
+    code, out, error = await webhooks("reconcile")
+    assert (code, out) == (1, "")
+    assert error.splitlines()[-1].startswith("kitrocket: DodoPayments answered 401: check DODO_PAYMENTS_API_KEY;")
+    monkeypatch.setenv("DODO_PAYMENTS_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("kitrocket.subscriptions.provider._FIRST_PAUSE", 0.0)
+    code, out, error = await webhooks("reconcile")
+    assert (code, out) == (1, "")
+    assert error.splitlines()[-1].startswith("kitrocket: DodoPayments cannot be reached: check DODO_PAYMENTS_BASE_URL")
+    assert "Traceback" not in error

@@ -11,7 +11,7 @@ import pytest
 from delivering import DAY, PAYLOADS, SECOND, USER, Desk, anonymous, event, with_user
 from factories import make_user
 from kitrocket.engine import Engine
-from kitrocket.errors import WebhookPayloadError
+from kitrocket.errors import WebhookPayloadPurgedError
 from kitrocket.testing import ManualClock
 from kitrocket.users import UserService
 
@@ -43,7 +43,7 @@ async def test_a_payload_goes_after_its_days(
         # A late delivery is a duplicate still, and says so by its type.
         assert stored["type"] == "subscription.renewed"
         assert stored["body_sha256"]
-        with pytest.raises(WebhookPayloadError):
+        with pytest.raises(WebhookPayloadPurgedError, match=webhook):
             await desk.service.replay(webhook)
         if webhook == "msg_done":
             assert await desk.deliver(PAYLOADS["02"], webhook) == "duplicate"
@@ -93,7 +93,7 @@ async def test_deletions_and_deliveries_at_once_never_deadlock(desk: Desk) -> No
         await desk.deliver(event("02", subscription_id=f"sub_{user_id}", metadata={"user_id": user_id}), f"a_{user_id}")
 
     async def replay(webhook_id: str) -> None:
-        with suppress(WebhookPayloadError):
+        with suppress(WebhookPayloadPurgedError):
             await desk.service.replay(webhook_id)
 
     async with anyio.create_task_group() as group:
