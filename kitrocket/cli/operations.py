@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Literal
+from typing import Annotated
 
 import anyio
 import typer
-from rich.table import Table
 
-from kitrocket.cli import prices
+from kitrocket.cli import prices, reports
 from kitrocket.cli.progress import progress
 from kitrocket.cli.running import opened, out, remarks, run
 
@@ -103,29 +102,7 @@ def _usage() -> None:
     """AI token usage."""
 
 
-@usage.command()
-def report(
-    user_id: Annotated[str | None, typer.Argument(help="A user's id; without one: the users with the most.")] = None,
-    days: Annotated[int, typer.Option(min=1, max=3650, help="The window, up to now.")] = 30,
-    by: Annotated[Literal["hour", "day", "month", "model"], typer.Option(help="How to divide a user's.")] = "model",
-    tz: Annotated[str, typer.Option(help="Whose days: an IANA name.")] = "UTC",
-) -> None:
-    """Show tokens and calls of the last days: of a user, or of the users with the most."""
-
-    async def work() -> None:
-        async with opened() as kit:
-            now = kit.clock()
-            since = now - timedelta(days=days)
-            if user_id is None:
-                rows = [
-                    (top.user_id, top.tokens, top.calls) for top in await kit.usage.top_users(since=since, until=now)
-                ]
-                _show("user", rows)
-                return
-            buckets = await kit.usage.breakdown(user_id, by=by, since=since, until=now, tz=tz)
-            _show(by, [(bucket.model or _stamp(bucket.start), bucket.tokens, bucket.calls) for bucket in buckets])
-
-    run(work)
+usage.command()(reports.report)
 
 
 @usage.command()
@@ -196,17 +173,3 @@ def expire() -> None:
         out.print(f"Recorded {result.recorded:,} expired reservation(s), deleted {result.deleted:,}.")
 
     run(work)
-
-
-def _show(what: str, rows: list[tuple[str, int, int]]) -> None:
-    table = Table(what, box=None, show_footer=True)
-    table.columns[0].footer = "total"
-    for name, number in (("tokens", 1), ("calls", 2)):
-        table.add_column(name, justify="right", footer=f"{sum(int(row[number]) for row in rows):,}")
-    for name, tokens, calls in rows:
-        table.add_row(name, f"{tokens:,}", f"{calls:,}")
-    out.print(table)
-
-
-def _stamp(instant: datetime) -> str:
-    return instant.astimezone(UTC).strftime("%Y-%m-%d %H:%M")

@@ -6,19 +6,36 @@ marks that turn the direction of writing, or what a spreadsheet takes for a form
 
 from __future__ import annotations
 
+from unicodedata import combining, east_asian_width
+
 
 def printable(name: str) -> str:
     """Return a name with every character that does not print spelled out, such as ``\\x1b`` or ``\\u202e``."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in name)
 
 
+def letters(name: str) -> int:
+    """Return how many columns of a terminal a printable name takes: wide letters take two, combining marks none."""
+    return sum(0 if combining(one) else 2 if east_asian_width(one) in "WF" else 1 for one in name)
+
+
 def shortened(name: str, width: int) -> str:
-    """Return a printable name of at most ``width`` characters; what is left out of its middle is an ellipsis."""
+    """Return a printable name of at most ``width`` columns; what is left out of its middle is an ellipsis."""
     name = printable(name)
-    if len(name) <= width:
+    if letters(name) <= width:
         return name
-    head = width // 2
-    return f"{name[:head]}…{name[len(name) - (width - head - 1) :]}"
+    head = _within(name, width // 2)
+    tail = _within(name[::-1], width - width // 2 - 1)[::-1]
+    return f"{head}…{tail}"
+
+
+def _within(name: str, width: int) -> str:
+    """Return as much of a name's beginning as fits."""
+    end = taken = 0
+    while end < len(name) and taken + letters(name[end]) <= width:
+        taken += letters(name[end])
+        end += 1
+    return name[:end]
 
 
 def cell(name: str) -> str:
