@@ -65,6 +65,8 @@ _PURGE_EVERY = timedelta(hours=1)
 #: How often the background work asks the provider about one and the same subscription, at most.
 _CHECK_EVERY = timedelta(hours=1)
 _LOCK, _STATEMENT = timedelta(seconds=2), timedelta(seconds=3)
+#: What others who hold the rows of an event cause; it says nothing about the event.
+_BUSY = (SubscriptionConflictError, asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError)
 
 
 class SubscriptionService:
@@ -245,12 +247,12 @@ class SubscriptionService:
         wanted = list(dict.fromkeys([*due, *known]))
         tried: list[str] = []
         for number, webhook_id in enumerate(wanted, 1):
-            state = await self._persist(partial(self._retry, webhook_id, now))
+            state = await self._unless_busy(webhook_id, partial(self._retry, webhook_id, now))
             tried += [state] if state is not None else []
             if on_progress is not None:
                 on_progress(number, len(wanted))
         reprojected = [
-            await self._persist(partial(self._reproject, subscription_id, now))
+            await self._unless_busy(subscription_id, partial(self._reproject, subscription_id, now))
             for subscription_id in await self._applier.due(now)
         ]
         told, purged = await self.run_hooks(), await self._purge_hourly(now)
@@ -484,6 +486,16 @@ class SubscriptionService:
             "the event could not be stored and applied in time; deliver it again"
         ) from failure
 
+    async def _unless_busy(self, id: str, unit: Callable[[], Awaitable[T]]) -> T | None:
+        """Run one transaction of many; ``None`` when others hold its rows for too long, which is for the next time."""
+        try:
+            return await self._persist(unit)
+        except DatabaseUnavailableError as error:
+            if not isinstance(error.__cause__, _BUSY):
+                raise
+            _log.warning("%s is held elsewhere and left for the next time: %s", id, type(error.__cause__).__name__)
+            return None
+
 
 def _dead_unless_finished(verdict: Verdict) -> Verdict:
     return verdict if verdict.state in FINISHED else replace(verdict, state="dead")
@@ -491,6 +503,6 @@ def _dead_unless_finished(verdict: Verdict) -> Verdict:
 
 def _is_transient(error: Exception) -> bool:
     # A lock or a statement that took too long, or another writer's live row, says nothing about the event.
-    if isinstance(error, SubscriptionConflictError | asyncpg.LockNotAvailableError | asyncpg.QueryCanceledError):
+    if isinstance(error, _BUSY):
         return True
     return fault_of(error) is not Fault.NEVER
