@@ -54,6 +54,7 @@ def doctor(
                 await _addresses(kit.engine),
                 await _daily_sums(kit),
             ]
+            await _say_vacuum(kit.engine)
             await _say_oauth_tokens(kit)
             return all(checks)
 
@@ -169,6 +170,14 @@ async def _daily_sums(kit: KitRocket) -> bool:
     if not await is_complete(kit.engine):
         _note("earlier usage is not summed by day yet: kitrocket db migrate goes on with it")
     return not idle
+
+
+async def _say_vacuum(engine: Engine) -> None:
+    if await engine.fetchval(_SQL["usage_is_vacuumed_late"]):
+        _note(
+            "usage is vacuumed late, which makes sums several times slower: "
+            "ALTER TABLE usage SET (autovacuum_vacuum_insert_scale_factor = 0.02);"
+        )
 
 
 def _named(ids: Sequence[str] | dict[str, str]) -> str:

@@ -28,6 +28,19 @@ SELECT tgname::text AS name, tgenabled::text AS enabled
   FROM pg_trigger
  WHERE tgrelid = 'public.usage'::regclass AND NOT tgisinternal;
 
+-- name: usage_is_vacuumed_late
+-- Whether usage is large, and waits for more than 2 % of new rows until it is vacuumed, without which index-only scans
+-- look at the table too.
+SELECT c.reltuples >= 100000
+       AND coalesce(
+           (SELECT option_value::numeric
+              FROM pg_options_to_table(c.reloptions)
+             WHERE option_name = 'autovacuum_vacuum_insert_scale_factor'),
+           current_setting('autovacuum_vacuum_insert_scale_factor')::numeric
+       ) > 0.02
+  FROM pg_class c
+ WHERE c.oid = 'public.usage'::regclass;
+
 -- name: any_plain_oauth_token
 -- Whether an OAuth token is stored as the provider issued it.
 SELECT EXISTS (SELECT FROM accounts a WHERE a.access_token NOT LIKE 'f1$%' OR a.refresh_token NOT LIKE 'f1$%');

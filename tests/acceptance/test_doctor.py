@@ -199,3 +199,18 @@ async def test_the_example_declares_what_the_doctor_prints() -> None:
     schema = (ROOT / "examples" / "better-auth" / "schema.ts").read_text(encoding="utf-8")
     assert code_lines(SCHEMA + BETTER_AUTH) - code_lines(schema) <= {"(t) => ["}
     assert CONFIG.splitlines()[1] in (ROOT / "examples" / "better-auth" / "drizzle.config.ts").read_text()
+
+
+async def test_a_large_table_of_calls_should_be_vacuumed_early(engine: Engine, database_url: str) -> None:
+    grow = "UPDATE pg_class SET reltuples = $1 WHERE oid = 'public.usage'::regclass"
+    await engine.fetch(grow, 99_999)
+    assert await doctor(database_url) == (0, [], [])
+    await engine.fetch(grow, 100_000)
+    code, wrong, [note] = await doctor(database_url)
+    assert (code, wrong) == (0, [])
+    for factor, notes in (("0.021", [note]), (note.partition(": ")[2], [])):
+        cure = (
+            factor if "ALTER" in factor else f"ALTER TABLE usage SET (autovacuum_vacuum_insert_scale_factor = {factor})"
+        )
+        await engine.fetch(cure)
+        assert await doctor(database_url) == (0, [], notes)
