@@ -6,8 +6,9 @@ All write to one embedded PostgreSQL, with fsync on, into the migrated schema, s
 paid by all. The rounds are interleaved: each runs every contender, and gives a ratio; what is printed are medians.
 
 * record: ``usage.record`` in a running kit, by 1, 16 and 64 callers at once, each acknowledged after its commit.
-* insert: the same callers, each with a held asyncpg connection and a prepared one-row INSERT.
-* record_many: 1,000 and 10,000 rows in a call.
+* INSERT: the same callers, each with a held asyncpg connection and a prepared one-row INSERT.
+* Piccolo, SQLAlchemy: the same callers with an object each, ten and fifteen pooled connections.
+* record_many: 1,000 and 10,000 rows in a call, with the rollup's triggers and without.
 * plain: one multi-row INSERT of the same rows. COPY: the same rows through the protocol's bulk load.
 
 It exits with 1 when a goal is missed.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
 import random
 import statistics
 import sys
@@ -29,6 +29,9 @@ from datetime import datetime
 from pathlib import Path
 
 import asyncpg
+from sqlalchemy import URL
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from kitrocket import KitRocket
 from kitrocket.clock import to_db, utc_now
@@ -36,6 +39,8 @@ from kitrocket.embedded import EmbeddedServer
 from kitrocket.engine import Engine
 from kitrocket.ids import new_usage_id
 from kitrocket.migrations import migrate
+from kitrocket.tables import Usage
+from kitrocket.usage import UsageService
 
 USERS = 1_000
 ROUNDS = 11
@@ -48,9 +53,27 @@ PLAIN = (
 )
 #: Callers → how many times as fast as one INSERT each.
 RECORD_GOALS = {1: 0.9, 16: 2.0, 64: 4.0}
-PLAIN_GOAL = 0.6
+PLAIN_GOAL, COPY_GOAL = 0.6, 0.7
+COLUMNS = ["id", "user_id", "tokens_used", "model", "created_at"]
 
 Row = tuple[str, str, int, str, datetime]
+Recording = Callable[[int, Row], Awaitable[None]]
+
+
+class Base(DeclarativeBase):
+    """SQLAlchemy wants one."""
+
+
+class UsageRow(Base):
+    """A call, for SQLAlchemy."""
+
+    __tablename__ = "usage"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[str]
+    tokens_used: Mapped[int]
+    model: Mapped[str]
+    created_at: Mapped[datetime]
 
 
 def new_rows(count: int) -> list[Row]:
@@ -69,38 +92,56 @@ async def timed(work: Callable[[], Awaitable[object]]) -> float:
 
 
 class Bench:
-    def __init__(self, kit: KitRocket, connections: list[asyncpg.Connection]) -> None:
+    def __init__(self, kit: KitRocket, alchemy: AsyncEngine, connections: list[asyncpg.Connection]) -> None:
         self.kit = kit
+        self.alchemy = alchemy
         self.connections = connections
         self.failed = False
 
     async def record(self, callers: int) -> None:
-        """Compare ``record`` with one INSERT each."""
-        numbers = itertools.count()
+        """Compare ``record`` with one INSERT each, by the driver, by Piccolo and by SQLAlchemy."""
         statements = [await connection.prepare(ONE) for connection in self.connections[:callers]]
-        each = CALLS // callers if callers > 1 else 512
+        sessions = async_sessionmaker(self.alchemy)
 
-        async def ours(_caller: int) -> None:
-            for _ in range(each):
-                await self.kit.usage.record(f"u{next(numbers) % USERS}", tokens=7, model=MODELS[0])
+        async def ours(_caller: int, row: Row) -> None:
+            await self.kit.usage.record(row[1], tokens=row[2], model=row[3])
 
-        async def theirs(caller: int) -> None:
-            for row in new_rows(each):
-                await statements[caller].fetch(*row)
+        async def theirs(caller: int, row: Row) -> None:
+            await statements[caller].fetch(*row)
 
-        async def everyone(one: Callable[[int], Awaitable[None]]) -> None:
-            await asyncio.gather(*(one(caller) for caller in range(callers)))
+        async def by_piccolo(_caller: int, row: Row) -> None:
+            await self.kit.engine.run(Usage.insert(Usage(**dict(zip(COLUMNS, row, strict=True)))))
 
-        rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+        async def by_sqlalchemy(_caller: int, row: Row) -> None:
+            async with sessions() as session:
+                session.add(UsageRow(**dict(zip(COLUMNS, row, strict=True))))
+                await session.commit()
+
+        contenders = [
+            ("ours", ours, 1),
+            ("INSERT", theirs, 1),
+            ("Piccolo", by_piccolo, 8),
+            ("SQLAlchemy", by_sqlalchemy, 8),
+        ]
+        rates: dict[str, list[float]] = {name: [] for name, _, _ in contenders}
         for number in range(ROUNDS):
-            pair = [("ours", ours), ("theirs", theirs)]
-            for name, one in pair if number % 2 else reversed(pair):
-                rates[name].append(each * callers / await timed(lambda one=one: everyone(one)))  # type: ignore[misc]  # bound at once
-        self.say(f"record, {callers} callers", rates["ours"], "INSERT", rates["theirs"], RECORD_GOALS[callers])
+            turn = number % len(contenders)
+            for name, one, share in contenders[turn:] + contenders[:turn]:
+                each = max((CALLS if callers > 1 else 512) // callers // share, 1)
 
-    async def record_many(self, count: int) -> None:
+                async def many(caller: int, one: Recording = one, each: int = each) -> None:
+                    for row in new_rows(each):
+                        await one(caller, row)
+
+                took = await timed(lambda many=many: asyncio.gather(*map(many, range(callers))))  # type: ignore[misc]  # bound at once
+                rates[name].append(each * callers / took)
+        for name, goal in (("INSERT", RECORD_GOALS[callers]), ("Piccolo", None), ("SQLAlchemy", None)):
+            self.say(f"record, {callers} callers", rates["ours"], name, rates[name], goal)
+
+    async def record_many(self, count: int, *, rollup: bool) -> None:
         """Compare ``record_many`` with a plain multi-row INSERT and with COPY."""
         connection = self.connections[0]
+        usage = UsageService(self.kit.engine, rollup=rollup)
         rates: dict[str, list[float]] = {"ours": [], "plain": [], "copy": []}
         for number in range(ROUNDS):
             batches = [new_rows(count) for _ in range(3)]
@@ -108,7 +149,7 @@ class Bench:
                 {"id": row[0], "user_id": row[1], "tokens": row[2], "model": row[3]} for row in batches[0]
             ]  # as an application has them
             works: list[tuple[str, Callable[[], Awaitable[object]]]] = [
-                ("ours", lambda entries=entries: self.kit.usage.record_many(entries)),  # type: ignore[misc]  # bound at once
+                ("ours", lambda entries=entries: usage.record_many(entries)),  # type: ignore[misc]  # bound at once
                 (
                     "plain",
                     lambda batch=batches[1]: connection.execute(  # type: ignore[misc]  # as above
@@ -118,21 +159,22 @@ class Bench:
                 (
                     "copy",
                     lambda batch=batches[2]: connection.copy_records_to_table(  # type: ignore[misc]  # as above
-                        "usage", records=batch, columns=["id", "user_id", "tokens_used", "model", "created_at"]
+                        "usage", records=batch, columns=COLUMNS
                     ),
                 ),
             ]
             for name, work in works[number % 3 :] + works[: number % 3]:
                 rates[name].append(count / await timed(work))
-        self.say(f"record_many, {count:,} rows", rates["ours"], "plain INSERT", rates["plain"], PLAIN_GOAL)
-        self.say(f"record_many, {count:,} rows", rates["ours"], "COPY", rates["copy"], None)
+        what = f"record_many, {count:,} rows" + ("" if rollup else ", no rollup")
+        self.say(what, rates["ours"], "plain INSERT", rates["plain"], PLAIN_GOAL if rollup else None)
+        self.say(what, rates["ours"], "COPY", rates["copy"], None if rollup else COPY_GOAL)
 
     def say(self, what: str, ours: list[float], other: str, theirs: list[float], goal: float | None) -> None:
         ratio = statistics.median(mine / his for mine, his in zip(ours, theirs, strict=True))
         verdict = "" if goal is None else f"goal {goal:g}x  {'ok' if ratio >= goal else 'MISSED'}"
         self.failed |= goal is not None and ratio < goal
         rates = f"{statistics.median(ours):>9,.0f} / {statistics.median(theirs):>9,.0f} rows a second"
-        print(f"{what:<28} against {other:<14} {ratio:5.2f}x  {rates}  {verdict}", flush=True)
+        print(f"{what:<36} against {other:<14} {ratio:5.2f}x  {rates}  {verdict}", flush=True)
 
 
 async def bench(engine: Engine) -> bool:
@@ -146,11 +188,25 @@ async def bench(engine: Engine) -> bool:
             " SELECT 'u' || n, n || '@example.com', 'n' FROM generate_series(0, $1) n",
             USERS,
         )
-        found = Bench(kit, connections)
+        assert engine.embedded is not None
+        address = await engine.embedded.astart()
+        stack.push_async_callback(engine.embedded.arelease)
+        url = URL.create(
+            "postgresql+asyncpg",
+            username=address.user,
+            database=address.database,
+            query={"host": str(address.host), "port": str(address.port)},
+        )
+        alchemy = create_async_engine(url)
+        stack.push_async_callback(alchemy.dispose)
+        found = Bench(kit, alchemy, connections)
         for callers in RECORD_GOALS:
             await found.record(callers)
-        for count in (1_000, 10_000):
-            await found.record_many(count)
+        for rollup in (True, False):
+            if not rollup:
+                await engine.fetch("ALTER TABLE usage DISABLE TRIGGER USER")
+            for count in (1_000, 10_000):
+                await found.record_many(count, rollup=rollup)
         return found.failed
 
 

@@ -238,41 +238,49 @@ LIMIT $3::bigint;
 
 -- name: top_users_rolled
 -- List the users with the largest sums in a window. At least one row; without a call it is empty.
+-- There is no user to look for, so this one reads much of both tables: its bounds are written out for the planner to see,
+-- which then reads in parallel, and single rows by usage_created_at_brin: ids are named, as usage_user_created_idx has none
+-- and would be searched for each user. The first single rows are those before the first midnight, then come days before
+-- the rollup is complete, then what is behind the last midnight.
 -- $1 since, $2 until or NULL, $3 how many.
-WITH edges AS (
-    SELECT raw_from,
-           until,
-           CASE WHEN first < last THEN first ELSE until END AS first,
-           CASE WHEN first < last THEN last ELSE until END AS last
-    FROM (
-        SELECT coalesce(state.raw_from, '-infinity') AS raw_from,
-               coalesce($2::timestamp, 'infinity') AS until,
-               greatest(
-                   ($1::timestamp + interval '1 day' - interval '1 microsecond')::date,
-                   coalesce(state.rollup_from, 'infinity')
-               ) AS first,
-               coalesce($2::timestamp, 'infinity')::date AS last
-        FROM (SELECT true) AS always
-        LEFT JOIN kitrocket.usage_state AS state ON true
-    ) AS whole
-), calls AS (
+WITH calls AS (
     SELECT user_id, tokens, calls
     FROM kitrocket.usage_daily
-    WHERE day >= (SELECT first FROM edges)
-      AND day < (SELECT last FROM edges)
+    WHERE day >= ($1::timestamp + interval '1 day' - interval '1 microsecond')::date
+      AND day < coalesce($2::timestamp, 'infinity')::date
+      AND day >= coalesce((SELECT rollup_from FROM kitrocket.usage_state), 'infinity')
     UNION ALL
-    SELECT user_id, tokens_used, 1
+    SELECT user_id, tokens_used::bigint, 1::bigint
     FROM usage
     WHERE created_at >= $1::timestamp
-      AND created_at < (SELECT first FROM edges)
+      AND created_at < least(
+          ($1::timestamp + interval '1 day' - interval '1 microsecond')::date,
+          coalesce($2::timestamp, 'infinity')
+      )
+      AND id >= ''
     UNION ALL
-    SELECT user_id, tokens_used, 1
+    SELECT user_id, tokens_used::bigint, 1::bigint
     FROM usage
-    WHERE created_at >= (SELECT last FROM edges)
-      AND created_at < (SELECT until FROM edges)
+    WHERE created_at >= ($1::timestamp + interval '1 day' - interval '1 microsecond')::date
+      AND created_at < coalesce($2::timestamp, 'infinity')
+      AND created_at < coalesce((SELECT rollup_from FROM kitrocket.usage_state), 'infinity')
+      AND id >= ''
+      AND coalesce((SELECT rollup_from FROM kitrocket.usage_state), 'infinity')
+          > ($1::timestamp + interval '1 day' - interval '1 microsecond')::date
+    UNION ALL
+    SELECT user_id, tokens_used::bigint, 1::bigint
+    FROM usage
+    WHERE created_at >= greatest(
+          coalesce($2::timestamp, 'infinity')::date,
+          ($1::timestamp + interval '1 day' - interval '1 microsecond')::date
+      )
+      AND created_at < coalesce($2::timestamp, 'infinity')
+      AND created_at >= coalesce((SELECT rollup_from FROM kitrocket.usage_state), 'infinity')
+      AND id >= ''
 )
-SELECT edges.raw_from, sums.*
-FROM edges
+SELECT coalesce(state.raw_from, '-infinity') AS raw_from, sums.*
+FROM (SELECT true) AS always
+LEFT JOIN kitrocket.usage_state AS state ON true
 LEFT JOIN (
     SELECT user_id, sum(tokens)::bigint AS tokens, sum(calls)::bigint AS calls
     FROM calls

@@ -418,6 +418,23 @@ async def test_a_users_sums_read_the_key_and_the_covering_index(engine: Engine, 
     assert "Seq Scan" not in {type for table, type in found if table == "usage_daily"}
 
 
+async def test_sums_of_all_users_do_not_search_the_covering_index_for_each(engine: Engine) -> None:
+    await engine.fetch("INSERT INTO users (id, email, name) SELECT n, n, n FROM generate_series(1, 50) n")
+    await engine.fetch(
+        "INSERT INTO usage SELECT 'u' || n, n % 50 + 1, n, 'm', timestamp '2026-01-01' + n * interval '4 minutes'"
+        " FROM generate_series(1, 20000) AS n"
+    )
+    await engine.fetch("VACUUM ANALYZE usage")
+    async with engine.transaction():
+        await engine.fetch("SET LOCAL enable_seqscan = off")
+        explained = await engine.fetchval(
+            f"EXPLAIN (FORMAT JSON) {statements('usage')['top_users_rolled']}", to_db(FIRST - MICROSECOND), None, 20
+        )
+    found = [scan for scan in scans(json.loads(explained)[0]["Plan"]) if scan["Relation Name"] == "usage"]
+    assert len(found) >= 2
+    assert "Index Only Scan" not in {scan["Node Type"] for scan in found}
+
+
 # -- filled on a table that has rows ------------------------------------------------------------------------------
 
 
