@@ -20,8 +20,8 @@ from kitrocket.clock import Clock, utc_now
 from kitrocket.cookies import SessionCookie
 from kitrocket.engine import Engine, choose_conf
 from kitrocket.maintenance import run_every
-from kitrocket.migrations import check, migrate
-from kitrocket.models import IssuedSession, PruneResult, SweepResult
+from kitrocket.migrations import check, check_outbox, fill_outbox, migrate
+from kitrocket.models import ExportResult, IssuedSession, PruneResult, SweepResult
 from kitrocket.sessions import SessionService
 from kitrocket.settings import Settings
 from kitrocket.subscriptions import SubscriptionService
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 #: How long one tick of the background sweep may take; it comes again soon when rows are left.
 _SWEEP_BUDGET = timedelta(seconds=10)
+
+#: The same for the export, which then gives others their turn.
+_EXPORT_BUDGET = timedelta(seconds=30)
 
 #: How often hooks that failed, or that another process left, are looked for; what is received here is told at once.
 _HOOK_INTERVAL = timedelta(seconds=10)
@@ -124,6 +127,10 @@ class KitRocket:
             queue_size=self.settings.usage_queue_size,
             linger=self.settings.usage_linger,
             rollup=self.settings.usage_rollup,
+            export_event=self.settings.usage_export_event,
+            export_late=self.settings.usage_export_late,
+            api_key=self.settings.dodo_payments_api_key,
+            base_url=self.settings.dodo_payments_base_url,
         )
 
     async def __aenter__(self) -> Self:
@@ -133,6 +140,8 @@ class KitRocket:
                 await migrate(self.engine)
             else:
                 await check(self.engine)
+            if self.settings.usage_export_event is not None:
+                await self._want_outbox()
             stack.enter_context(_serving_piccolo(self.engine))
             await stack.enter_async_context(self.sessions.coalescing())
             await stack.enter_async_context(self.usage.recording(_owned))
@@ -204,6 +213,17 @@ class KitRocket:
             )
             if self.settings.usage_retention is not None:
                 group.start_soon(run_every, "prune usage", self._prune, self.settings.usage_prune_interval)
+            if self.settings.usage_export_event is not None:
+                group.start_soon(run_every, "export usage", self._export, self.settings.usage_export_interval)
+
+    async def _want_outbox(self) -> None:
+        if self.engine.is_embedded:
+            await fill_outbox(self.engine, on=True)
+        else:
+            await check_outbox(self.engine)
+
+    async def _export(self) -> ExportResult:
+        return await self.usage.export(budget=_EXPORT_BUDGET)
 
     async def _prune(self) -> PruneResult:
         retention = self.settings.usage_retention

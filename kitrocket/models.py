@@ -474,6 +474,45 @@ class PruneResult(Value):
     kept_from: AwareDatetime
 
 
+class ExportResult(Value):
+    """What became of the calls that were due for the provider: ``sent``, ``parked`` because they were refused,
+    ``dropped`` because they were deleted here, ``waiting`` for their user's customer, ``postponed`` by a failure.
+
+    ``retry_at`` is until when nothing is sent after that; ``more`` says that the budget ended with rows left.
+    """
+
+    sent: int
+    parked: int
+    dropped: int
+    waiting: int
+    postponed: int
+    requests: int
+    more: bool
+    retry_at: AwareDatetime | None
+
+
+class ExportBacklog(Value):
+    """How many calls the provider does not have yet, ``waiting`` of the ``pending`` ones for their user's customer.
+
+    ``oldest_at`` is the time of the first pending call that waits for something else.
+    """
+
+    pending: int
+    waiting: int
+    parked: int
+    oldest_at: AwareDatetime | None
+
+
+class ParkedExport(Value):
+    """A call that is not sent to the provider again by itself, and why."""
+
+    usage_id: str
+    user_id: str
+    at: AwareDatetime
+    attempts: int
+    error: str
+
+
 class UserExport(Value):
     """Everything of a user: each row of the five tables as JSON, as of one instant, without tokens and passwords.
 

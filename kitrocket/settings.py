@@ -124,6 +124,13 @@ class Settings(BaseSettings):
     #: How long a call waits for others to share its commit; zero: only while another commit runs.
     usage_linger: timedelta = Field(default=timedelta(0), ge=timedelta(0), le=timedelta(seconds=60))
 
+    #: The name of the usage events at DodoPayments that calls are exported as; ``None``: they are not.
+    usage_export_event: str | None = Field(default=None, min_length=1, max_length=255)
+    #: What becomes of a call that is 55 minutes old when it is exported, which the provider refuses at 60.
+    usage_export_late: Literal["restamp", "park"] = "restamp"
+    #: How often calls are exported; zero: never.
+    usage_export_interval: timedelta = timedelta(seconds=5)
+
     #: Where staff log in to the Studio; only these host names are answered. Empty: any.
     studio_hosts: Annotated[list[str], NoDecode] = []
     #: Whether the Studio's cookies are sent over https only.
@@ -157,6 +164,7 @@ class Settings(BaseSettings):
         "usage_retention",
         "usage_prune_interval",
         "usage_expire_interval",
+        "usage_export_interval",
         mode="before",
     )
     @classmethod
@@ -164,7 +172,9 @@ class Settings(BaseSettings):
         # pydantic reads a number as seconds, but not the text of one, which is what the environment has.
         return float(value) if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value) else value
 
-    @field_validator("database_url", "database_direct_url", "secret", "dodo_payments_api_key", mode="before")
+    @field_validator(
+        "database_url", "database_direct_url", "secret", "dodo_payments_api_key", "usage_export_event", mode="before"
+    )
     @classmethod
     def _empty_is_unset(cls, value: Any) -> Any:
         return None if value == "" else value
@@ -177,6 +187,8 @@ class Settings(BaseSettings):
             raise ValueError("secret must have at least 32 bytes")
         if self.usage_retention is not None and not self.usage_rollup:
             raise ValueError("usage_retention needs usage_rollup: the daily sums outlive the calls")
+        if self.usage_export_event is not None and self.dodo_payments_api_key is None:
+            raise ValueError("usage_export_event needs dodo_payments_api_key")
         unknown = sorted(set(self.dodo_products.values()) - set(self.plans))
         if unknown:
             raise ValueError(f"dodo_products names plans that are not in plans: {', '.join(unknown)}")

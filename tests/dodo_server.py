@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from kitrocket.clock import Clock, utc_now
 from kitrocket.server import listen, serve
 
 
@@ -28,6 +31,16 @@ class DodoServer:
         self.instants: list[float] = []
         self.trouble: Callable[[str, int], Awaitable[Response | None]] | None = None
         self.url = ""
+        #: What usage it accepted, by event id: it forgets none. ``sent`` counts how often it was told of each.
+        self.events: dict[str, dict[str, Any]] = {}
+        self.sent: Counter[str] = Counter()
+        #: How many events each call had.
+        self.calls: list[int] = []
+        self.clock: Clock = utc_now
+        #: Which events it has something against.
+        self.dislikes: Callable[[dict[str, Any]], bool] = lambda _event: False
+        #: Asked after a call was accepted and before it is answered; may give another answer.
+        self.aftermath: Callable[[], Awaitable[Response | None]] | None = None
 
     async def _listed(self, request: Request) -> Response:
         page, size = int(request.query_params["page_number"]), int(request.query_params["page_size"])
@@ -48,6 +61,26 @@ class DodoServer:
     async def _payment(self, request: Request) -> Response:
         found = self.payments.get(request.path_params["id"])
         return JSONResponse({"code": "NOT_FOUND"}, 404) if found is None else JSONResponse(found)
+
+    async def _ingest(self, request: Request) -> Response:
+        events = (await request.json())["events"]
+        ids = [event["event_id"] for event in events]
+        self.calls.append(len(events))
+        self.sent.update(ids)
+        if len(events) > 1000 or len(set(ids)) != len(ids):
+            return JSONResponse({"code": "INVALID_REQUEST_BODY"}, 400)
+        now = self.clock()
+        for event in events:
+            age = now - datetime.fromisoformat(event["timestamp"])
+            if not timedelta(minutes=-5) <= age <= timedelta(hours=1) or self.dislikes(event):
+                return JSONResponse({"code": "INVALID_EVENT"}, 422)
+        new = {event["event_id"]: event for event in events if event["event_id"] not in self.events}
+        self.events |= new
+        if self.aftermath is not None:
+            other = await self.aftermath()
+            if other is not None:
+                return other
+        return JSONResponse({"ingested_count": len(new)})
 
     def _counted(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def counted(request: Request) -> Response:
@@ -70,6 +103,7 @@ class DodoServer:
                 Route("/subscriptions", self._counted(self._listed)),
                 Route("/subscriptions/{id}", self._counted(self._subscription)),
                 Route("/payments/{id}", self._counted(self._payment)),
+                Route("/events/ingest", self._counted(self._ingest), methods=["POST"]),
             ]
         )
         listener = listen("127.0.0.1", 0)

@@ -9,6 +9,7 @@ import typer
 
 from kitrocket.cli import database, operations, serving, webhooks
 from kitrocket.cli.doctor import doctor
+from kitrocket.cli.exporting import export
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -34,5 +35,6 @@ app.command()(serving.studio)
 app.command()(doctor)
 app.add_typer(database.app, name="db")
 app.add_typer(operations.sessions, name="sessions")
+operations.usage.command()(export)
 app.add_typer(operations.usage, name="usage")
 app.add_typer(webhooks.app, name="webhooks")

@@ -20,13 +20,18 @@ def migrate(
         bool, typer.Option("--better-auth", help="Add what Better Auth wants, too: columns, a table, an index.")
     ] = False,
 ) -> None:
-    """Apply the migrations that are pending. Any number of processes may do so at once."""
+    """Apply the migrations that are pending, and switch the outbox of usage on where it is exported.
+
+    Any number of processes may do so at once.
+    """
 
     async def work() -> None:
         async with opened(migrated=False) as kit:
             done = await migrations.migrate(kit.engine, report=remarks.print)
             if better_auth:
                 done += await migrate_better_auth(kit.engine, report=remarks.print)
+            if kit.settings.usage_export_event and await migrations.fill_outbox(kit.engine, on=True):
+                remarks.print("usage is put into the outbox from now on")
         out.print(_applied(done))
 
     run(work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ from kitrocket.ddl import SEED_INDEXES, ConcurrentIndex
 from kitrocket.engine import Engine
 from kitrocket.inputs import normalised_email
 from kitrocket.kit import KitRocket
-from kitrocket.migrations import applied, find_exposed, is_foreign, pending
+from kitrocket.migrations import applied, find_exposed, is_foreign, is_outbox_filled, pending
 from kitrocket.rollup import is_complete
 from kitrocket.settings import Settings
 from kitrocket.sql import statements
@@ -24,6 +25,8 @@ _SQL = statements("doctor")
 
 #: What keeps the daily sums of usage exact.
 _USAGE_TRIGGERS = tuple(f"kitrocket_usage_{event}" for event in ("inserted", "updated", "deleted", "truncated"))
+#: How long a call may wait for the provider before that is a finding.
+_EXPORT_LAG = timedelta(minutes=30)
 #: How many users one line of a finding names.
 _MOST_NAMED = 20
 
@@ -53,6 +56,7 @@ def doctor(
                 await _exposure(kit.engine),
                 await _addresses(kit.engine),
                 await _daily_sums(kit),
+                await _export(kit),
             ]
             await _say_vacuum(kit.engine)
             await _say_oauth_tokens(kit)
@@ -178,6 +182,28 @@ async def _say_vacuum(engine: Engine) -> None:
             "usage is vacuumed late, which makes sums several times slower: "
             "ALTER TABLE usage SET (autovacuum_vacuum_insert_scale_factor = 0.02);"
         )
+
+
+async def _export(kit: KitRocket) -> bool:
+    """Tell of calls that don't reach the provider, or not soon enough."""
+    is_wanted = kit.settings.usage_export_event is not None
+    is_filled = await is_outbox_filled(kit.engine)
+    if is_wanted and not is_filled:
+        return _wrong("KITROCKET_USAGE_EXPORT_EVENT is set, but usage is not put into the outbox: kitrocket db migrate")
+    if is_filled and not is_wanted:
+        _note(
+            "usage is put into the outbox, and KITROCKET_USAGE_EXPORT_EVENT is not set here: set it where something "
+            "exports, or kitrocket usage export --stop"
+        )
+    backlog = await kit.usage.export_backlog()
+    if backlog.parked:
+        _wrong(f"{backlog.parked:,} call(s) were refused by DodoPayments: kitrocket usage export --parked")
+    lag = timedelta(0) if backlog.oldest_at is None else kit.clock() - backlog.oldest_at
+    if lag >= _EXPORT_LAG:
+        _wrong(f"the oldest call that is not exported is {lag // timedelta(minutes=1):,} minutes old")
+    if is_wanted and not backlog.parked and lag < _EXPORT_LAG:
+        _ok(f"usage is exported; {backlog.pending:,} call(s) are on their way, {backlog.waiting:,} wait for a customer")
+    return not backlog.parked and lag < _EXPORT_LAG
 
 
 def _named(ids: Sequence[str] | dict[str, str]) -> str:

@@ -7,6 +7,7 @@ databases can be migrated in one process, past any pooler, one migrator at a tim
 
 from kitrocket.migrations.adoption import adopt, is_foreign
 from kitrocket.migrations.forwards import Report, applied, check, migrate, migrate_app, pending
+from kitrocket.migrations.outbox import check_outbox, fill_outbox, is_outbox_filled
 from kitrocket.migrations.protection import find_exposed, protect
 from kitrocket.migrations.push import push
 
@@ -15,8 +16,11 @@ __all__ = [
     "adopt",
     "applied",
     "check",
+    "check_outbox",
+    "fill_outbox",
     "find_exposed",
     "is_foreign",
+    "is_outbox_filled",
     "migrate",
     "migrate_app",
     "pending",

@@ -160,7 +160,7 @@ ORDER BY day;
 SELECT set_config('kitrocket.pruning', 'on', true), set_config('lock_timeout', '1s', true);
 
 -- name: prune
--- Delete calls of a day that the rollup keeps summed.
+-- Delete calls of a day that the rollup keeps summed, but not what is still to be sent to the provider.
 -- $1 the day, $2 the most of them.
 WITH gone AS (
     DELETE FROM usage
@@ -169,8 +169,9 @@ WITH gone AS (
         FROM usage
         WHERE created_at >= $1::date
           AND created_at < $1::date + 1
+          AND NOT EXISTS (SELECT FROM kitrocket.usage_outbox AS outbox WHERE outbox.usage_id = usage.id)
         LIMIT $2::bigint
-        FOR UPDATE SKIP LOCKED
+        FOR UPDATE OF usage SKIP LOCKED
     ))
     RETURNING true
 )

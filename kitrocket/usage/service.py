@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 import anyio
 import asyncpg
+from pydantic import SecretStr
 
 from kitrocket.clock import Clock, from_db, utc_now
 from kitrocket.engine import Engine
@@ -22,9 +23,12 @@ from kitrocket.models import (
     CostReport,
     Decision,
     ExpiryResult,
+    ExportBacklog,
+    ExportResult,
     Limit,
     LimitWindow,
     ModelPrice,
+    ParkedExport,
     Period,
     PricesSet,
     PruneResult,
@@ -38,6 +42,7 @@ from kitrocket.models import (
     VerifyResult,
 )
 from kitrocket.usage.calls import Call, checked, read_all
+from kitrocket.usage.exporting import Exporter
 from kitrocket.usage.limits import checked_limits, checked_thresholds
 from kitrocket.usage.metering import Meter, OpenMeters
 from kitrocket.usage.price_entries import CURRENCY, checked_price, currency_code, day_of, read_file, read_prices
@@ -85,6 +90,10 @@ class UsageService:
         queue_size: int = 10_000,
         linger: timedelta = timedelta(0),
         rollup: bool = True,
+        export_event: str | None = None,
+        export_late: Literal["restamp", "park"] = "restamp",
+        api_key: str | SecretStr | None = None,
+        base_url: str | None = None,
     ) -> None:
         self._engine = engine
         self._clock = clock
@@ -104,6 +113,9 @@ class UsageService:
             thresholds=self._thresholds,
         )
         self._meters = OpenMeters(engine)
+        self._exporter = Exporter(
+            engine, clock=clock, event=export_event, late=export_late, api_key=api_key, base_url=base_url
+        )
 
     # -- recording ----------------------------------------------------------------------------------------------
 
@@ -488,6 +500,38 @@ class UsageService:
             raise InvalidInputError("before", "it is too recent", "a time at least a day before now")
         self._want_rollup()
         return await prune(self._engine, day, batch_size=batch_size, budget=budget)
+
+    # -- export -------------------------------------------------------------------------------------------------
+
+    async def export(
+        self, *, budget: timedelta | None = None, on_progress: Callable[[int], object] | None = None
+    ) -> ExportResult:
+        """Send to DodoPayments the calls that it does not have yet, each as a usage event whose id is the call's.
+
+        Calls are waiting for it that were recorded while the outbox was switched on. Each is billed once, whatever
+        fails and however many processes export: they lease the calls they send for 60 s, and the provider ignores an id
+        that it knows. When it asks for a pause, or does not answer, nothing is sent for a while, by this service: until
+        ``retry_at``. ``budget`` is when to stop; ``on_progress`` is told how many calls are settled.
+
+        Raises :class:`ConfigurationError` without ``export_event`` or ``api_key``, :class:`MissingExtraError` without
+        the extra ``dodo``, :class:`TransactionError` inside a transaction, and :class:`ProviderError` when the provider
+        refuses every call, such as for a wrong key.
+        """
+        if budget is not None:
+            duration("budget", budget)
+        return await self._exporter.export(budget=budget, on_progress=on_progress)
+
+    async def export_backlog(self) -> ExportBacklog:
+        """Count the calls that are not at the provider yet, and say how old they are. It reads all of these."""
+        return await self._exporter.backlog()
+
+    async def parked_exports(self, *, limit: int = 100) -> list[ParkedExport]:
+        """Return the calls that the provider refused, the oldest first; ``limit`` is 1 to 10,000."""
+        return await self._exporter.parked(whole_number("limit", limit, min=1, max=10_000))
+
+    async def retry_parked_exports(self) -> int:
+        """Let the calls that the provider refused be sent again, and return how many they are."""
+        return await self._exporter.unpark()
 
     def _want_rollup(self) -> None:
         if not self._rollup:

@@ -10,7 +10,7 @@ from kitrocket.engine import Engine
 pytestmark = pytest.mark.asyncio
 
 CASCADE = "FOREIGN KEY (user_id) REFERENCES users(id) ON DELETE CASCADE"
-TABLES = ("usage_daily", "usage_state")
+TABLES = ("usage_daily", "usage_outbox", "usage_state")
 
 
 async def test_the_tables_are_these(engine: Engine) -> None:
@@ -31,6 +31,13 @@ async def test_the_tables_are_these(engine: Engine) -> None:
         ("usage_daily", "model", "text", True, None),
         ("usage_daily", "tokens", "bigint", True, None),
         ("usage_daily", "calls", "bigint", True, None),
+        ("usage_outbox", "usage_id", "text", True, None),
+        ("usage_outbox", "user_id", "text", True, None),
+        ("usage_outbox", "created_at", "timestamp without time zone", True, None),
+        ("usage_outbox", "state", "text", True, "'pending'::text"),
+        ("usage_outbox", "attempts", "integer", True, "0"),
+        ("usage_outbox", "next_at", "timestamp without time zone", True, None),
+        ("usage_outbox", "error", "text", False, None),
         ("usage_state", "one", "boolean", True, "true"),
         ("usage_state", "rollup_from", "date", True, None),
         ("usage_state", "raw_from", "date", True, None),
@@ -38,10 +45,19 @@ async def test_the_tables_are_these(engine: Engine) -> None:
     assert rules == [
         ("usage_daily", "usage_daily_pkey", "PRIMARY KEY (user_id, day, model)"),
         ("usage_daily", "usage_daily_user_id_users_id_fk", CASCADE),
+        ("usage_outbox", "usage_outbox_pkey", "PRIMARY KEY (usage_id)"),
+        ("usage_outbox", "usage_outbox_state", "CHECK ((state = ANY (ARRAY['pending'::text, 'parked'::text])))"),
+        ("usage_outbox", "usage_outbox_user_id_users_id_fk", CASCADE),
         ("usage_state", "usage_state_is_one_row", "CHECK (one)"),
         ("usage_state", "usage_state_pkey", "PRIMARY KEY (one)"),
     ]  # fmt: skip
-    assert served == [("usage_daily_day_idx", True), ("usage_daily_pkey", True), ("usage_state_pkey", True)]
+    assert served == [
+        ("usage_daily_day_idx", True),
+        ("usage_daily_pkey", True),
+        ("usage_outbox_due_idx", True),
+        ("usage_outbox_pkey", True),
+        ("usage_state_pkey", True),
+    ]
     assert options == ["fillfactor=70"]
 
 
@@ -59,13 +75,15 @@ async def test_the_triggers_fire_once_a_statement_with_their_owners_rights(engin
          ORDER BY t.tgname
         """
     )
-    assert [row["tgname"] for row in rows] == [
-        f"kitrocket_usage_{event}" for event in ("deleted", "inserted", "truncated", "updated")
+    assert [(row["tgname"], row["tgenabled"]) for row in rows] == [
+        *((f"kitrocket_usage_{event}", "O") for event in ("deleted", "inserted", "truncated", "updated")),
+        # Switched on by whoever exports.
+        ("kitrocket_write_outbox", "D"),
     ]
     for row in rows:
         assert row["prosecdef"]
         assert row["proconfig"] == ["search_path=pg_catalog, pg_temp"]
-        assert (row["each_row"], row["tgenabled"]) == (0, "O")
+        assert row["each_row"] == 0
         assert "{=" not in row["proacl"], "nobody else may call it"
         assert ",=" not in row["proacl"]
 

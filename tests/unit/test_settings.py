@@ -29,7 +29,7 @@ def test_every_duration_takes_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     durations = [name for name, field in Settings.model_fields.items() if isinstance(field.default, timedelta)]
     for name in durations:
         monkeypatch.setenv(f"KITROCKET_{name.upper()}", "90000" if name == "session_ttl" else "60")
-    assert len(durations) == 9
+    assert len(durations) == 11
     assert {getattr(Settings(), name) for name in durations} == {timedelta(hours=25), timedelta(minutes=1)}
 
 

@@ -1,0 +1,69 @@
+"""``kitrocket usage export`` and what ``db migrate`` and ``doctor`` say of it, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+
+import anyio
+import pytest
+
+from dodo_server import DodoServer
+from factories import make_subscription, make_usage, make_user
+from kitrocket.clock import utc_now
+from kitrocket.engine import Engine
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.direct]
+
+
+async def test_calls_are_exported_and_what_is_left_is_told(engine: Engine, database_url: str, dodo: DodoServer) -> None:
+    async def kitrocket(*arguments: str, **changed: str) -> tuple[int, str]:
+        done = await anyio.run_process(
+            [sys.executable, "-c", "from kitrocket.cli import main; main()", *arguments],
+            env={
+                **os.environ,
+                "DATABASE_URL": database_url,
+                "DODO_PAYMENTS_API_KEY": "key",
+                "DODO_PAYMENTS_BASE_URL": dodo.url,
+                "KITROCKET_USAGE_EXPORT_EVENT": "tokens",
+                "COLUMNS": "200",
+                **changed,
+            },
+            check=False,
+        )
+        return done.returncode, (done.stdout + done.stderr).decode()
+
+    code, out = await kitrocket("doctor")
+    assert code == 1
+    assert "wrong  KITROCKET_USAGE_EXPORT_EVENT is set, but usage is not put into the outbox" in out
+    code, out = await kitrocket("db", "migrate")
+    assert code == 0
+    assert "usage is put into the outbox from now on" in out
+
+    customer, lead, now = await make_user(engine), await make_user(engine), utc_now()
+    await make_subscription(engine, customer, dodo_customer_id="cus_1")
+    await make_usage(engine, customer, id="good", at=now)
+    await make_usage(engine, customer, id="bad", model="unknown", at=now - timedelta(minutes=31))
+    await make_usage(engine, lead, id="nobodys", at=now)
+    dodo.dislikes = lambda event: event["metadata"]["model"] == "unknown"
+
+    code, out = await kitrocket("doctor", KITROCKET_USAGE_EXPORT_EVENT="")
+    assert code == 1
+    assert "wrong  the oldest call that is not exported is 31 minutes old" in out
+    assert "note   usage is put into the outbox, and KITROCKET_USAGE_EXPORT_EVENT is not set here" in out
+    code, out = await kitrocket("usage", "export")
+    assert code == 1
+    assert "Sent 1 call(s) in 3 request(s): 1 refused, 0 deleted meanwhile, 1 of users who are no customers." in out
+    assert "1 call(s) are left, 1 of them wait for a customer; 1 refused." in out
+    code, out = await kitrocket("usage", "export", "--parked")
+    assert code == 1
+    assert f"bad   {customer}" in out
+    assert "HTTP 422" in out
+    dodo.dislikes = lambda _event: False
+    code, out = await kitrocket("usage", "export", "--retry")
+    assert code == 0
+    assert sorted(dodo.events) == ["bad", "good"]
+    assert (await kitrocket("usage", "export", "--retry", "--stop"))[0] == 2
+    code, out = await kitrocket("usage", "export", "--stop")
+    assert (code, out) == (0, "Calls are no longer put into the outbox.\n")
