@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Annotated
 
 import anyio
@@ -13,6 +14,7 @@ import typer
 from kitrocket.cli import prices, reports
 from kitrocket.cli.progress import progress
 from kitrocket.cli.running import opened, out, remarks, run
+from kitrocket.cli.writing import printable
 
 sessions = typer.Typer(no_args_is_help=True, help="Sessions.")
 usage = typer.Typer(no_args_is_help=True, help="AI token usage.")
@@ -111,12 +113,13 @@ def verify() -> None:
 
     async def work() -> bool:
         async with opened() as kit:
-            with remarks.status("comparing"):
+            with _stopping("nothing was changed"), remarks.status("comparing"):
                 result = await kit.usage.verify()
         for drift in result.examples:
             out.print(
-                f"{drift.day} {drift.user_id} {drift.model}: {drift.kept_tokens:,} tokens of {drift.kept_calls:,} "
-                f"call(s) are summed, {drift.tokens:,} of {drift.calls:,} are there"
+                f"{drift.day} {printable(drift.user_id)} {printable(drift.model)}: {drift.kept_tokens:,} tokens of "
+                f"{drift.kept_calls:,} call(s) are summed, {drift.tokens:,} of {drift.calls:,} are there",
+                emoji=False,
             )
         out.print(f"{result.days:,} day(s) compared, {result.drift:,} sum(s) differ.")
         return result.drift == 0
@@ -129,12 +132,13 @@ def verify() -> None:
 def rebuild(
     since: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"], help="The first day, in UTC.")],
 ) -> None:
-    """Make the daily sums what the single calls say, beside whoever writes."""
+    """Make the daily sums what the single calls say, beside whoever writes. Ctrl-C stops it cleanly."""
 
     async def work() -> None:
         async with opened() as kit:
-            with remarks.status("rebuilding"):
-                result = await kit.usage.rebuild(since=since.replace(tzinfo=UTC))
+            stopped = "the days that are done are right; run it again for the others"
+            with _stopping(stopped), progress("rebuilding", None) as show:
+                result = await kit.usage.rebuild(since=since.replace(tzinfo=UTC), report=show)
         out.print(f"{result.days:,} day(s) recomputed, {result.corrected:,} sum(s) were wrong.")
 
     run(work)
@@ -145,22 +149,30 @@ def prune(
     before: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"], help="The first day that is kept, in UTC.")],
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Rows in one transaction.")] = 5_000,
 ) -> None:
-    """Delete the single calls of earlier days; their daily sums stay. Windows that cut into those days are refused."""
+    """Delete the single calls of earlier days; their daily sums stay. Ctrl-C stops it cleanly.
+
+    Windows that cut into those days are refused.
+    """
 
     async def work() -> None:
-        deleted = 0
         async with opened() as kit:
-            with remarks.status("pruning") as status:
-                more = True
-                while more:
-                    result = await kit.usage.prune(
-                        before.replace(tzinfo=UTC), batch_size=batch_size, budget=timedelta(seconds=1)
-                    )
-                    deleted, more = deleted + result.deleted, result.more
-                    status.update(f"pruning: {deleted:,} deleted")
-        out.print(f"Deleted {deleted:,} call(s); they are kept from {result.kept_from:%Y-%m-%d} on.")
+            day = before.replace(tzinfo=UTC)
+            total = await kit.usage.count_prunable(day)
+            with _stopping("what is deleted stays summed; run it again to go on"), progress("pruning", total) as show:
+                result = await kit.usage.prune(day, batch_size=batch_size, report=show)
+        out.print(f"Deleted {result.deleted:,} call(s); they are kept from {result.kept_from:%Y-%m-%d} on.")
 
     run(work)
+
+
+@contextmanager
+def _stopping(remark: str) -> Iterator[None]:
+    """Say how things are when Ctrl-C stops the block."""
+    try:
+        yield
+    except anyio.get_cancelled_exc_class():
+        remarks.print(f"Stopped: {remark}.")
+        raise
 
 
 @usage.command()

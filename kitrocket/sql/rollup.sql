@@ -155,6 +155,14 @@ WHERE isfinite(day)
   AND day < $1::date
 ORDER BY day;
 
+-- name: count_before
+-- Count the single calls of the days before another one.
+-- $1 the day.
+SELECT count(*) AS calls
+FROM usage
+WHERE isfinite(created_at)
+  AND created_at < $1::date;
+
 -- name: begin_pruning
 -- Keep the trigger from subtracting what this transaction deletes, and this transaction from waiting long.
 SELECT set_config('kitrocket.pruning', 'on', true), set_config('lock_timeout', '1s', true);

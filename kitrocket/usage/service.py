@@ -52,7 +52,7 @@ from kitrocket.usage.recorder import Owner, Recorder
 from kitrocket.usage.settling import LATE, Settler
 from kitrocket.usage.sums import Sums
 from kitrocket.usage.thresholds import OnThreshold, Thresholds
-from kitrocket.usage.upkeep import midnight, prune, rebuild, verify
+from kitrocket.usage.upkeep import count_before, midnight, prune, rebuild, verify
 from kitrocket.usage.writing import Writer
 from kitrocket.windows import (
     CostDimension,
@@ -475,22 +475,33 @@ class UsageService:
         self._want_rollup()
         return await verify(self._engine)
 
-    async def rebuild(self, *, since: datetime) -> RebuildResult:
+    async def rebuild(self, *, since: datetime, report: Callable[[int, int], None] | None = None) -> RebuildResult:
         """Make the daily sums what the single rows say, from the UTC day of ``since`` on, and return what was wrong.
 
         Beside any number of writers, a few keys at a time; not inside a transaction. Days whose single rows were
-        pruned are refused.
+        pruned are refused. ``report`` is told how many days are done, and of how many.
         """
         day = instant("since", since).date()
         self._want_rollup()
-        return await rebuild(self._engine, day)
+        return await rebuild(self._engine, day, report)
 
-    async def prune(self, before: datetime, *, batch_size: int = 5_000, budget: timedelta | None = None) -> PruneResult:
+    async def count_prunable(self, before: datetime) -> int:
+        """Return how many single rows :meth:`prune` would delete; it reads them."""
+        return await count_before(self._engine, instant("before", before).date())
+
+    async def prune(
+        self,
+        before: datetime,
+        *,
+        batch_size: int = 5_000,
+        budget: timedelta | None = None,
+        report: Callable[[int], None] | None = None,
+    ) -> PruneResult:
         """Delete the single rows of the UTC days before the one of ``before``; their sums stay.
 
         ``before`` is at least a day past. From then on calls of those days are refused, and so are windows that cut
         into them. In batches, a transaction each; not inside a transaction. ``budget`` is when to stop, ``more`` says
-        that rows are left.
+        that rows are left. ``report`` is told after each batch how many are deleted so far.
         """
         day = instant("before", before).date()
         whole_number("batch_size", batch_size, min=1, max=100_000)
@@ -499,7 +510,7 @@ class UsageService:
         if midnight(day) > self._now() - timedelta(days=1):
             raise InvalidInputError("before", "it is too recent", "a time at least a day before now")
         self._want_rollup()
-        return await prune(self._engine, day, batch_size=batch_size, budget=budget)
+        return await prune(self._engine, day, batch_size=batch_size, budget=budget, report=report)
 
     # -- export -------------------------------------------------------------------------------------------------
 

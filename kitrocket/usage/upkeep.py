@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta
 from functools import partial
 
@@ -33,7 +34,7 @@ async def verify(engine: Engine) -> VerifyResult:
     )
 
 
-async def rebuild(engine: Engine, since: date) -> RebuildResult:
+async def rebuild(engine: Engine, since: date, report: Callable[[int, int], None] | None) -> RebuildResult:
     """Recompute the rollup's days from ``since`` on, the newest first."""
     _refuse_in_transaction(engine, "rebuild")
     state = await engine.fetchrow(_SQL["state"])
@@ -42,12 +43,27 @@ async def rebuild(engine: Engine, since: date) -> RebuildResult:
         raise InvalidInputError("since", "single calls of that day were pruned", f"a time from {floor} on, in UTC")
     days = [row["day"] for row in await fetch_long(engine, _SQL["days"], since)]
     corrected = 0
-    for day in days:
+    for done, day in enumerate(days, start=1):
         corrected += await recompute_day(engine, day)
+        if report is not None:
+            report(done, len(days))
     return RebuildResult(days=len(days), corrected=corrected)
 
 
-async def prune(engine: Engine, before: date, *, batch_size: int, budget: timedelta | None) -> PruneResult:
+async def count_before(engine: Engine, before: date) -> int:
+    """Count the single rows of the days before ``before``."""
+    [row] = await fetch_long(engine, _SQL["count_before"], before)
+    return int(row["calls"])
+
+
+async def prune(
+    engine: Engine,
+    before: date,
+    *,
+    batch_size: int,
+    budget: timedelta | None,
+    report: Callable[[int], None] | None,
+) -> PruneResult:
     """Raise the floor to ``before``, then delete the single rows below it, in batches."""
     _refuse_in_transaction(engine, "prune")
     give_up_at = None if budget is None else anyio.current_time() + budget.total_seconds()
@@ -60,6 +76,8 @@ async def prune(engine: Engine, before: date, *, batch_size: int, budget: timede
         while not more:
             some = await engine.retry(partial(_prune_some, engine, row["day"], batch_size), idempotent=True)
             deleted, batches = deleted + some, batches + (some > 0)
+            if report is not None:
+                report(deleted)
             more = give_up_at is not None and anyio.current_time() >= give_up_at
             if some < batch_size:
                 break
