@@ -16,7 +16,7 @@ from piccolo_api.crud.endpoints import OrderBy
 from starlette.types import ASGIApp
 
 from kitrocket import tables
-from kitrocket.admin import forms
+from kitrocket.admin import forms, repair
 from kitrocket.admin.door import Door
 from kitrocket.admin.front import Front
 from kitrocket.admin.tables import StudioSessions, StudioStaff
@@ -41,6 +41,10 @@ _GROUPS: Mapping[str, tuple[type[Table], ...]] = {
 }
 #: What is newest first, where a table has no ``created_at``.
 _NEWEST_BY = {"webhook_events": "received_at", "billing_incidents": "opened_at"}
+#: What stands first, where that is not the table's own order: what is wrong, for whoever is on call.
+_FIRST = {
+    "webhook_events": ("webhook_id", "type", "state", "reason", "attempts", "last_error", "hook_state", "received_at")
+}
 #: Tables that people may edit; the others are read-only unless ``studio_allow_writes`` says otherwise.
 _EDITABLE = (tables.Users, tables.Subscriptions)
 
@@ -67,6 +71,7 @@ def create_studio(kit: KitRocket) -> ASGIApp:
     ]
     admin = create_admin(
         configs,
+        forms=repair.forms(kit),
         auth_table=_bound(StudioStaff, door),
         session_table=_bound(StudioSessions, door),
         session_expiry=timedelta(hours=1),
@@ -152,7 +157,9 @@ def _columns(table: type[Table], users: type[Table] = tables.Users) -> dict[str,
 def _config(table: type[Table], group: str, kit: KitRocket, *, read_only: bool) -> TableConfig:
     columns: Sequence[Column] = table._meta.columns
     newest_by = _NEWEST_BY.get(table._meta.tablename, "created_at")
+    first = _FIRST.get(table._meta.tablename, ())
     shown = [column for column in columns if not column._meta.secret]
+    shown.sort(key=lambda column: first.index(column._meta.name) if column._meta.name in first else len(first))
     return TableConfig(
         table,
         visible_columns=shown,

@@ -142,12 +142,12 @@ class Inbox:
     ) -> None:
         """Note what became of an event, and when to try an unfinished one again: with ``counted`` that was an attempt.
 
-        A finished one is for the hooks that want it, once, or with ``hooks`` once more.
+        A finished one is for the hooks that want it, once, or with ``hooks`` once more, in whichever process has them.
         """
         unfinished = verdict.state not in FINISHED
         attempts = stored.attempts + (unfinished and counted)
         due = now + self._pause(max(attempts, 1)) if unfinished and verdict.state != "dead" else None
-        is_told = not unfinished and (hooks or stored.hook_state == "none") and self._is_heard(stored.type)
+        is_told = not unfinished and (hooks or (stored.hook_state == "none" and self._is_heard(stored.type)))
         noted = await self._engine.fetchval(
             _SQL["settle_event"],
             stored.webhook_id,

@@ -270,8 +270,8 @@ class SubscriptionService:
     async def replay(self, webhook_id: str, *, hooks: bool = False) -> WebhookReceipt:
         """Send a stored event down the same path again, and write its user's row anew.
 
-        With ``hooks`` the functions that want it are told once more. It does not count as an attempt: an event that
-        was given up and still cannot be applied stays given up.
+        With ``hooks`` the functions that want it are told once more, in a process that has registered them. It does not
+        count as an attempt: an event that was given up and still cannot be applied stays given up.
 
         Raises :class:`WebhookNotFoundError` for an unknown id and :class:`WebhookPayloadPurgedError` when the payload
         is no longer kept.

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 import factories
+from delivering import PAYLOADS, PRODUCTS, USER, Desk
 from kitrocket.admin import create_staff, has_staff
 from kitrocket.engine import Engine
 from kitrocket.errors import InvalidInputError
@@ -401,6 +402,42 @@ async def test_a_body_that_does_not_arrive_is_given_up(
             await stream.send(b"POST /admin/public/login/ HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
             with anyio.fail_after(5):
                 assert (await stream.receive()).startswith(b"HTTP/1.1 408")
+
+
+async def test_the_forms_repair_webhooks_and_say_what_is_wrong(
+    engine: Engine, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "kitrocket")
+    await Desk(engine, clock).deliver(PAYLOADS["02"], "msg_parked")
+    await fill(engine)
+    await engine.fetch("UPDATE kitrocket.webhook_events SET payload = NULL WHERE webhook_id = 'w1'")
+    async with logged_in(make_kit(engine, clock, dodo_products=PRODUCTS)) as client:
+
+        async def submit(form: str, **fields: object) -> tuple[int, str]:
+            answer = await client.post(f"/api/forms/{form}/", json=fields)
+            return answer.status_code, answer.json().get("custom_form_success") or str(answer.json())
+
+        assert await submit("replay-a-webhook", webhook_id="msg_parked") == (200, "msg_parked: parked (no_user).")
+        await factories.make_user(engine, id=USER)
+        assert await submit("replay-a-webhook", webhook_id=" msg_parked ") == (200, "msg_parked: applied.")
+        assert f"a replay was asked for in the Studio by {STAFF}" in caplog.text
+        for junk in ("unknown", "", "\0", "x" * 300, "w1"):
+            status, text = await submit("replay-a-webhook", webhook_id=junk)
+            assert (status, "custom_form_error" in text) == (422, True), text
+        for junk in ({}, {"webhook_id": 1}, {"webhook_id": None}):
+            assert (await submit("replay-a-webhook", **junk))[0] == 422
+        assert await submit("retry-parked-webhooks") == (
+            200,
+            "Tried 0: 0 finished, 0 given up. 0 brought up to date.",
+        )
+        status, text = await submit("reconcile-with-dodopayments", dry_run=True)
+        assert (status, "DODO_PAYMENTS_API_KEY" in text) == (422, True)
+        del client.headers["X-CSRFToken"]
+        assert (await client.post("/api/forms/retry-parked-webhooks/", json={})).status_code == 403
+        client.cookies.delete("id")
+        for form in ("replay-a-webhook", "retry-parked-webhooks", "reconcile-with-dodopayments"):
+            assert (await client.get(f"/api/forms/{form}/")).status_code == 401
+            assert (await client.post(f"/api/forms/{form}/", json={})).status_code in (401, 403)
 
 
 JUNK_QUERIES = [

@@ -12,9 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Page, async_playwright, expect
+import pytest_asyncio
+from playwright.async_api import Browser, Page, async_playwright, expect
 
 import factories
+from delivering import PAYLOADS, PRODUCTS, Desk, anonymous
 from factories import AT
 from kitrocket.admin import create_staff
 from kitrocket.engine import Engine
@@ -68,14 +70,22 @@ def chromium() -> None:
         pytest.skip(missing)
 
 
-@asynccontextmanager
-async def studio(kit: KitRocket) -> AsyncIterator[tuple[Page, str]]:
-    """A page of the browser, logged in to the Studio, and the Studio's address."""
-    async with served(kit, studio=True) as address, async_playwright() as playwright:
-        await create_staff(kit.engine, STAFF, PASSWORD)
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def browser(chromium: None) -> AsyncIterator[Browser]:
+    """The browser, started once."""
+    async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        await browser.close()
+
+
+@asynccontextmanager
+async def studio(browser: Browser, kit: KitRocket) -> AsyncIterator[tuple[Page, str]]:
+    """A page of the browser, logged in to the Studio, and the Studio's address."""
+    async with served(kit, studio=True) as address:
+        await create_staff(kit.engine, STAFF, PASSWORD)
+        page = await browser.new_page(viewport={"width": 1480, "height": 760})
         try:
-            page = await browser.new_page(viewport={"width": 1480, "height": 760})
             problems: list[str] = []
             page.on("pageerror", lambda error: problems.append(str(error)))
             await page.goto(f"{address}/admin/")
@@ -86,7 +96,7 @@ async def studio(kit: KitRocket) -> AsyncIterator[tuple[Page, str]]:
             yield page, f"{address}/admin/#"
             assert problems == []
         finally:
-            await browser.close()
+            await page.close()
 
 
 async def fill(engine: Engine) -> None:
@@ -123,10 +133,10 @@ async def save(page: Page) -> None:
         await page.get_by_role("button", name="Save").click()
 
 
-async def test_each_table_opens(engine: Engine, clock: ManualClock) -> None:
+async def test_each_table_opens(browser: Browser, engine: Engine, clock: ManualClock) -> None:
     await fill(engine)
     kit = KitRocket(Settings(), engine=engine, clock=clock, background=False)
-    async with studio(kit) as (page, _):
+    async with studio(browser, kit) as (page, _):
         for table in TABLES:
             await page.locator(f"a[href='#/{table}/']").click()
             await expect(page.get_by_role("heading", name=table.replace("_", " "), exact=True)).to_be_visible()
@@ -144,11 +154,11 @@ async def test_each_table_opens(engine: Engine, clock: ManualClock) -> None:
             await page.screenshot(path=picture)
 
 
-async def test_saving_a_user_changes_what_was_edited(engine: Engine, clock: ManualClock) -> None:
+async def test_saving_a_user_changes_what_was_edited(browser: Browser, engine: Engine, clock: ManualClock) -> None:
     await fill(engine)
     before = dict(await engine.fetchrow("SELECT * FROM users WHERE id = 'user_0'") or {})
     kit = KitRocket(Settings(), engine=engine, clock=clock, background=False)
-    async with studio(kit) as (page, address):
+    async with studio(browser, kit) as (page, address):
         await page.goto(f"{address}/users/user_0")
         await expect(page.locator("textarea[name=email]").first).to_have_value("ada.lovelace@example.com")
         await page.locator("textarea[name=name]").first.fill("Augusta Ada King")
@@ -157,11 +167,11 @@ async def test_saving_a_user_changes_what_was_edited(engine: Engine, clock: Manu
     assert after == before | {"name": "Augusta Ada King", "updated_at": clock.now.replace(tzinfo=None)}
 
 
-async def test_saving_an_account_keeps_its_secrets(engine: Engine, clock: ManualClock) -> None:
+async def test_saving_an_account_keeps_its_secrets(browser: Browser, engine: Engine, clock: ManualClock) -> None:
     await fill(engine)
     before = dict(await engine.fetchrow("SELECT * FROM accounts WHERE id = 'account_0'") or {})
     kit = KitRocket(Settings(studio_allow_writes=True), engine=engine, clock=clock, background=False)
-    async with studio(kit) as (page, address):
+    async with studio(browser, kit) as (page, address):
         await page.goto(f"{address}/accounts/account_0")
         await expect(page.locator("textarea[name=provider]").first).to_have_value("github")
         await page.locator("textarea[name=provider]").first.fill("gitlab")
@@ -170,11 +180,13 @@ async def test_saving_an_account_keeps_its_secrets(engine: Engine, clock: Manual
     assert after == before | {"provider": "gitlab"}
 
 
-async def test_a_read_only_form_says_so_and_changes_nothing(engine: Engine, clock: ManualClock) -> None:
+async def test_a_read_only_form_says_so_and_changes_nothing(
+    browser: Browser, engine: Engine, clock: ManualClock
+) -> None:
     await fill(engine)
     before = await engine.fetch("SELECT * FROM accounts")
     kit = KitRocket(Settings(), engine=engine, clock=clock, background=False)
-    async with studio(kit) as (page, address):
+    async with studio(browser, kit) as (page, address):
         await page.goto(f"{address}/accounts/account_0")
         await expect(page.locator("textarea[name=provider]").first).to_have_value("github")
         await page.locator("textarea[name=provider]").first.fill("gitlab")
@@ -183,12 +195,68 @@ async def test_a_read_only_form_says_so_and_changes_nothing(engine: Engine, cloc
     assert await engine.fetch("SELECT * FROM accounts") == before
 
 
-async def test_an_address_that_is_taken_is_refused_in_words(engine: Engine, clock: ManualClock) -> None:
+async def test_an_address_that_is_taken_is_refused_in_words(
+    browser: Browser, engine: Engine, clock: ManualClock
+) -> None:
     await fill(engine)
     kit = KitRocket(Settings(), engine=engine, clock=clock, background=False)
-    async with studio(kit) as (page, address):
+    async with studio(browser, kit) as (page, address):
         await page.goto(f"{address}/users/user_0")
         await expect(page.locator("textarea[name=email]").first).to_have_value("ada.lovelace@example.com")
         await page.locator("textarea[name=email]").first.fill("grace.hopper@example.com")
         await save(page)
         await expect(page.get_by_text("another user already has this e-mail address")).to_be_visible()
+
+
+async def open_form(page: Page, address: str, name: str) -> None:
+    await page.goto(f"{address}/")
+    await page.get_by_role("link", name=name).click()
+    await expect(page.get_by_role("heading", name=name)).to_be_visible()
+
+
+async def submit(page: Page, answer: str) -> None:
+    await page.get_by_role("button", name="Submit").click()
+    await expect(page.get_by_text(answer)).to_be_visible()
+
+
+async def test_who_is_on_call_finds_a_parked_webhook_and_repairs_it(
+    browser: Browser, engine: Engine, clock: ManualClock
+) -> None:
+    kit = KitRocket(Settings(dodo_products=PRODUCTS), engine=engine, clock=clock, background=False)
+    desk = Desk(engine, clock)
+    assert await desk.deliver(anonymous("02"), "msg_parked") == "parked"
+    assert await desk.deliver(PAYLOADS["12"], "msg_other") == "ignored"
+    mail = PAYLOADS["02"]["data"]["customer"]["email"]
+    async with studio(browser, kit) as (page, address):
+        await page.locator("a[href='#/webhook_events/']").click()
+        parked = page.get_by_role("row").filter(has_text="msg_parked")
+        for text in ("subscription.renewed", "parked", "no_user"):
+            await expect(parked.get_by_text(text, exact=True)).to_be_in_viewport()
+        await expect(page.get_by_text(mail)).to_have_count(0)
+
+        await page.wait_for_load_state("networkidle")
+        await page.locator("a[href='#/users/']").click()
+        # The defaults come last, and take the place of what was typed.
+        async with page.expect_response(lambda answer: answer.url.endswith("/users/new/")):
+            await page.get_by_text("Add Row").click()
+        await expect(page.locator("input[name=created_at]")).not_to_have_value("")
+        await page.locator("textarea[name=email]").first.fill(mail)
+        await page.locator("textarea[name=name]").first.fill("Maya")
+        await page.locator("input[type=datetime-local]").first.fill("2026-03-01T10:00:00")
+        async with page.expect_response(lambda answer: answer.request.method == "POST") as made:
+            await page.get_by_role("button", name="Create").click()
+        assert (await made.value).status == 201
+
+        await open_form(page, address, "Replay a webhook")
+        await page.locator("input[name=webhook_id]").fill("msg_unknown")
+        await submit(page, "msg_unknown")
+        await page.locator("input[name=webhook_id]").fill("msg_parked")
+        await submit(page, "msg_parked: applied.")
+        await open_form(page, address, "Retry parked webhooks")
+        await submit(page, "Tried 0: 0 finished, 0 given up.")
+        await page.goto(f"{address}/")
+        await page.locator("a[href='#/webhook_events/']").click()
+        await expect(parked.get_by_text("applied", exact=True)).to_be_in_viewport()
+    user = await kit.users.get_by_email(mail)
+    assert user is not None
+    assert (await kit.subscriptions.access(user.id)).allowed

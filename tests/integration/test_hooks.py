@@ -126,6 +126,19 @@ async def test_a_failing_hook_is_told_again_until_it_is_dead_and_replay_tells_it
     assert await hook_states(desk) == {"msg_1": ("done", 1)}
 
 
+async def test_a_process_without_hooks_has_them_told_in_another(desk: Desk) -> None:
+    await with_user(desk)
+    told = listen(desk, "subscription.*")
+    await desk.deliver(PAYLOADS["02"], "msg_1")
+    assert await desk.service.run_hooks() == 1
+    shell = desk.open()
+    await shell.replay("msg_1", hooks=True)
+    assert await shell.run_hooks() == 0
+    assert await hook_states(desk) == {"msg_1": ("pending", 0)}
+    assert await desk.service.run_hooks() == 1
+    assert [one.webhook_id for one in told] == ["msg_1", "msg_1"]
+
+
 @pytest.mark.parametrize(("offset", "again"), [(-SECOND, 0), (0 * SECOND, 1), (SECOND, 1)])
 async def test_a_hook_whose_process_died_is_told_again_after_its_lease(
     desk: Desk, offset: timedelta, again: int
