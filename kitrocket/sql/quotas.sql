@@ -96,26 +96,36 @@ WHERE user_id = $1
 ORDER BY expires_at;
 
 -- name: leaves_at
--- Find the time of the call with which enough tokens have left a sliding window: it leaves a window's length later. A
--- reservation stands here at the time of a call that leaves when it expires. Reads no further than that call.
+-- Find the time of the call with which enough tokens have left a sliding window, and what the calls before it used: a call
+-- leaves a window's length after its time. A reservation stands here at the time of a call that leaves when it expires.
+-- Reads no further than that call, in the order of the index.
 -- $1 user, $2 since, $3 times of reservations, $4 their tokens: arrays of one length, $5 how many tokens must leave.
-SELECT at
-FROM (
-    SELECT at, sum(tokens) OVER (ORDER BY at ROWS UNBOUNDED PRECEDING) AS gone
+WITH found AS (
+    SELECT at
     FROM (
-        SELECT created_at AS at, tokens_used AS tokens
+        SELECT created_at AS at, sum(tokens_used) OVER (ORDER BY created_at ROWS UNBOUNDED PRECEDING) AS gone
         FROM usage
         WHERE user_id = $1
           AND created_at >= $2::timestamp
           AND created_at < 'infinity'
-        UNION ALL
-        SELECT at, tokens
-        FROM unnest($3::timestamp[], $4::integer[]) AS held (at, tokens)
     ) AS leaving
-) AS left_behind
-WHERE gone >= $5::bigint
-ORDER BY at
-LIMIT 1;
+    WHERE gone + (
+        SELECT coalesce(sum(held.tokens), 0)
+        FROM unnest($3::timestamp[], $4::integer[]) AS held (at, tokens)
+        WHERE held.at <= leaving.at
+    ) >= $5::bigint
+    ORDER BY at
+    LIMIT 1
+)
+SELECT found.at,
+       (
+           SELECT coalesce(sum(tokens_used), 0)
+           FROM usage
+           WHERE user_id = $1
+             AND created_at >= $2::timestamp
+             AND created_at < found.at
+       )::bigint AS before
+FROM found;
 
 -- name: reservation
 -- Read a reservation, expired or not.

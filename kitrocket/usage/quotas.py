@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-import asyncpg
-
 from kitrocket.clock import from_db, to_db
 from kitrocket.engine import Engine
 from kitrocket.errors import TransactionError, UsageConflictError, UserNotFoundError
@@ -21,6 +19,8 @@ from kitrocket.windows import Window
 _SQL = statements("quotas")
 _USAGE = statements("usage")
 _SECOND = timedelta(seconds=1)
+#: When a reservation expires, and how many tokens it holds.
+_Held = tuple[datetime, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,8 @@ class Quotas:
         left = [quota.tokens - some - reserved for quota, some in zip(asked, counted.used, strict=True)]
         number, retry_after = min(range(len(asked)), key=left.__getitem__), 0 if counted.allowed else None
         if not counted.allowed:
-            held = await self._engine.fetch(_SQL["held"], wanted.user_id, to_db(now), wanted.id)
+            rows = await self._engine.fetch(_SQL["held"], wanted.user_id, to_db(now), wanted.id)
+            held = [(from_db(row["expires_at"]), int(row["tokens"])) for row in rows]
             waits = [
                 (await self._wait(wanted, quota, counted.used[index], reserved, held, now), index)
                 for index, quota in enumerate(asked)
@@ -149,7 +150,7 @@ class Quotas:
         quota: Quota,
         used: int,
         reserved: int,
-        held: Sequence[asyncpg.Record],
+        held: Sequence[_Held],
         now: datetime,
     ) -> int | None:
         """Return in how many seconds the tokens fit into a limit into which they don't fit now."""
@@ -157,33 +158,39 @@ class Quotas:
             return None
         surplus = used + reserved + wanted.tokens - quota.tokens
         at = await (
-            self._fits_in_period(wanted.user_id, quota, surplus, held, now)
+            self._fits_in_period(wanted, quota, surplus, held, now)
             if quota.reach is None
-            else self._fits_in_window(wanted.user_id, quota.since, quota.reach, surplus, held)
+            else self._fits_in_window(wanted, quota.since, quota.reach, used, surplus, held)
         )
-        # Between the lock and here a call may have ended with less than it reserved: then it is worth a try.
         return None if at is None else max(1, -((now - at) // _SECOND))
 
     async def _fits_in_window(
-        self, user_id: str, since: datetime, reach: timedelta, surplus: int, held: Sequence[asyncpg.Record]
+        self, wanted: Reservation, since: datetime, reach: timedelta, used: int, surplus: int, held: Sequence[_Held]
     ) -> datetime:
-        at = await self._engine.fetchval(
+        leaving = [(at - reach, tokens) for at, tokens in held]
+        call = await self._engine.fetchrow(
             _SQL["leaves_at"],
-            user_id,
+            wanted.user_id,
             to_db(since),
-            [row["expires_at"] - reach for row in held],
-            [row["tokens"] for row in held],
+            [to_db(at) for at, _ in leaving],
+            [tokens for _, tokens in leaving],
             surplus,
         )
-        return since + reach if at is None else from_db(at) + reach
+        at, gone = (None, used) if call is None else (from_db(call["at"]), int(call["before"]))
+        for expires_at, tokens in leaving:
+            gone += tokens
+            if gone >= surplus and (at is None or expires_at < at):
+                return expires_at + reach
+        # Without one, a call that was counted has ended with less than it reserved: it is worth a try at once.
+        return (since if at is None else at) + reach
 
     async def _fits_in_period(
-        self, user_id: str, quota: Quota, surplus: int, held: Sequence[asyncpg.Record], now: datetime
+        self, wanted: Reservation, quota: Quota, surplus: int, held: Sequence[_Held], now: datetime
     ) -> datetime | None:
-        leaving = [(from_db(row["expires_at"]), int(row["tokens"])) for row in held]
+        leaving = list(held)
         if quota.until is not None and quota.until > now:
-            used = await self._sums.total(user_id, Window(quota.since, quota.until), None)
-            leaving.append((quota.until, used))
+            window = Window(quota.since, quota.until)
+            leaving.append((quota.until, await self._sums.total(wanted.user_id, window, None)))
         for at, tokens in sorted(leaving):
             surplus -= tokens
             if surplus <= 0:

@@ -6,8 +6,10 @@ from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import anyio
+import asyncpg
 import pytest
-from racing import together, warm_up
+from racing import together, until_someone_waits, warm_up
 
 from factories import make_mirror, make_subscription, make_usage, make_user
 from kitrocket.clock import from_db, to_db
@@ -25,6 +27,7 @@ from kitrocket.models import Decision, Limit
 from kitrocket.testing import ManualClock
 from kitrocket.usage import UsageService
 from kitrocket.users import UserService
+from servers import Server
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -260,7 +263,7 @@ async def test_a_settlement_inside_a_transaction_is_part_of_it(usage: UsageServi
 async def test_a_role_whose_transactions_keep_one_snapshot_admits_no_more(
     engine: Engine, usage: UsageService, database: str
 ) -> None:
-    """Under REPEATABLE READ the count would not see what was committed while the lock was waited for."""
+    """Under REPEATABLE READ whoever waited for the lock would fail, or count what stood before."""
     await engine.fetch(f"ALTER DATABASE {database} SET default_transaction_isolation = 'repeatable read'")
     user_id = await make_user(engine)
     await engine.close()
@@ -306,6 +309,36 @@ async def test_users_deleted_under_their_calls_hold_nobody_up(engine: Engine, cl
             )
     assert await engine.fetchval("SELECT count(*) FROM usage") == 0
     assert await reservations(engine) == 0
+
+
+async def test_nobody_holds_what_a_deletion_wants_while_waiting_for_it(
+    usage: UsageService, engine: Engine, server: Server, database: str
+) -> None:
+    deleter = await asyncpg.connect(server.url(database, direct=True))
+    try:
+        for name in ("reserving", "settling"):
+            user_id = await make_user(engine)
+            await usage.reserve(user_id, tokens=1, model=MODEL, limit=100, id=name)
+            call = (
+                (lambda user_id=user_id: usage.reserve(user_id, tokens=1, model=MODEL, limit=100))
+                if name == "reserving"
+                else (lambda: usage.settle("settling", used=1))
+            )
+            answers: list[object] = []
+
+            async def race(call: Any = call, answers: list[object] = answers) -> None:
+                answers.extend(await together([call]))
+
+            async with anyio.create_task_group() as group:
+                await deleter.execute("BEGIN; SET LOCAL lock_timeout = '500ms'")
+                await deleter.execute("SELECT FROM users WHERE id = $1 FOR UPDATE", user_id)
+                group.start_soon(race)
+                await until_someone_waits(engine)
+                await deleter.execute("DELETE FROM users WHERE id = $1", user_id)
+                await deleter.execute("COMMIT")
+            assert isinstance(answers[0], UserNotFoundError)
+    finally:
+        await deleter.close()
 
 
 # -- expiry -------------------------------------------------------------------------------------------------------
