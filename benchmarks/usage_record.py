@@ -190,7 +190,6 @@ async def bench(engine: Engine) -> bool:
         )
         assert engine.embedded is not None
         address = await engine.embedded.astart()
-        stack.push_async_callback(engine.embedded.arelease)
         url = URL.create(
             "postgresql+asyncpg",
             username=address.user,

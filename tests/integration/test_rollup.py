@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, timedelta
@@ -206,26 +207,30 @@ class Storm:
         self.now = datetime(2026, 3, 1, 12, tzinfo=UTC)
         self.numbers = itertools.count()
         self.ids: list[str] = []
-        self.snapshots = 0
+        self.done: Counter[str] = Counter()
         self.over = False
 
-    async def run(self, seconds: float) -> None:
+    async def run(self, *, times: int, seconds: float = 0) -> None:
+        """Let everybody work until each kind of work was done so many times, and for at least so long."""
+        until = anyio.current_time() + seconds
         for number in range(20):
             await make_user(self.engine, id=f"u{number:02}")
         async with anyio.create_task_group() as group:
             for _ in range(4):
-                group.start_soon(self.repeat, self.record)
+                group.start_soon(self.repeat, "record", self.record)
             for connection in self.connections:
-                group.start_soon(self.repeat, lambda connection=connection: self.plain(connection))
-            group.start_soon(self.repeat, self.lose_a_user)
-            group.start_soon(self.repeat, self.compare)
-            await anyio.sleep(seconds)
+                group.start_soon(self.repeat, "plain", lambda connection=connection: self.plain(connection))
+            group.start_soon(self.repeat, "lose a user", self.lose_a_user)
+            group.start_soon(self.repeat, "compare", self.compare)
+            while len(self.done) < 4 or min(self.done.values()) < times or anyio.current_time() < until:
+                await anyio.sleep(0.01)
             self.over = True
 
-    async def repeat(self, work: Callable[[], Any]) -> None:
+    async def repeat(self, kind: str, work: Callable[[], Any]) -> None:
         while not self.over:
             await anyio.lowlevel.checkpoint()
             await work()
+            self.done[kind] += 1
 
     def user(self) -> str:
         return f"u{random.randrange(20):02}"
@@ -276,7 +281,6 @@ class Storm:
     async def compare(self) -> None:
         result = await self.usage.verify()
         assert result.drift == 0, result.examples
-        self.snapshots += 1
 
 
 @asynccontextmanager
@@ -292,16 +296,15 @@ async def storm(usage: UsageService, engine: Engine, server: Server) -> AsyncIte
 
 async def test_it_is_exact_at_every_snapshot(usage: UsageService, engine: Engine, server: Server) -> None:
     async with storm(usage, engine, server) as weather:
-        await weather.run(4)
-    assert weather.snapshots > 2
+        await weather.run(times=8)
     assert (await usage.verify()).days > 10
 
 
 @pytest.mark.storm
 async def test_it_is_exact_at_every_snapshot_of_a_minute(usage: UsageService, engine: Engine, server: Server) -> None:
     async with storm(usage, engine, server) as weather:
-        await weather.run(60)
-    assert weather.snapshots > 50
+        await weather.run(times=50, seconds=60)
+    print(f"\n{dict(weather.done)}")
 
 
 # -- read with the edges of any window ----------------------------------------------------------------------------
@@ -559,38 +562,107 @@ LOSE_A_KEY = f"DELETE FROM kitrocket.usage_daily WHERE ctid = {ONE_KEY}"
 SPOIL_A_KEY = f"UPDATE kitrocket.usage_daily SET tokens = tokens + 1 WHERE ctid = {ONE_KEY}"
 
 
-async def test_rebuild_repairs_beside_writers(
-    usage: UsageService, plain: UsageService, engine: Engine, connection: Connection, clock: ManualClock
-) -> None:
-    users = [f"u{number:03}" for number in range(300)]
-    await engine.fetch(
-        "INSERT INTO users (id, email, name) SELECT id, id || '@example.com', 'n' FROM unnest($1::text[]) AS id", users
-    )
-    over = False
-    longest = 0.0
+class Writers:
+    """Tasks that record twenty calls at a time, of 300 users and three models."""
 
-    async def write() -> None:
-        nonlocal longest
-        while not over:
-            start = anyio.current_time()
-            await plain.record_many(
+    def __init__(self, plain: UsageService, engine: Engine, clock: ManualClock) -> None:
+        self.plain = plain
+        self.engine = engine
+        self.clock = clock
+        self.users = [f"u{number:03}" for number in range(300)]
+        self.calls = 0
+        self.over = False
+
+    async def write(self, pause: float) -> None:
+        while not self.over:
+            await self.plain.record_many(
                 [
-                    {"user_id": random.choice(users), "tokens": 3, "model": random.choice("abc"), "at": clock.now}
+                    {
+                        "user_id": random.choice(self.users),
+                        "tokens": 3,
+                        "model": random.choice("abc"),
+                        "at": self.clock.now,
+                    }
                     for _ in range(20)
                 ]
             )
-            longest = max(longest, anyio.current_time() - start)
+            self.calls += 20
+            await anyio.sleep(pause)
 
-    async with anyio.create_task_group() as group:
-        for _ in range(4):
-            group.start_soon(write)
+    @asynccontextmanager
+    async def at_work(self, count: int, *, pause: float = 0) -> AsyncIterator[None]:
+        await self.engine.fetch(
+            "INSERT INTO users (id, email, name) SELECT id, id || '@example.com', 'n' FROM unnest($1::text[]) AS id",
+            self.users,
+        )
+        async with anyio.create_task_group() as group:
+            for _ in range(count):
+                group.start_soon(self.write, pause)
+            yield
+            self.over = True
+
+
+async def test_rebuild_repairs_beside_writers(
+    usage: UsageService,
+    plain: UsageService,
+    engine: Engine,
+    connection: Connection,
+    clock: ManualClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    locked: list[int] = []
+    fetch = engine.fetch
+
+    async def watched(sql: str, *arguments: Any, node: str | None = None) -> list[asyncpg.Record]:
+        if sql == statements("rollup")["lock_keys"]:
+            assert engine.in_transaction()
+            locked.append(len(arguments[1]))
+        return await fetch(sql, *arguments, node=node)
+
+    monkeypatch.setattr(engine, "fetch", watched)
+    async with Writers(plain, engine, clock).at_work(4):
         for _ in range(5):
             # A key at a time, or this would be the one that deadlocks.
             await spoil(connection, *[LOSE_A_KEY, SPOIL_A_KEY] * 20)
             await usage.rebuild(since=clock.now - DAY)
-        over = True
     assert await exact(usage)
-    assert longest < 2
+    # Who writes waits for few keys at a time.
+    assert max(locked) <= 200
+    assert len(locked) > 5
+
+
+@pytest.mark.storm
+async def test_rebuild_blocks_no_writer_for_long(
+    usage: UsageService, plain: UsageService, engine: Engine, connection: Connection, clock: ManualClock
+) -> None:
+    writers = Writers(plain, engine, clock)
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        while not writers.over:
+            waited = await engine.fetchval(
+                "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - waitstart)), 0)::float FROM pg_locks"
+                " WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+                " OR NOT granted AND locktype = 'transactionid'"
+            )
+            longest = max(longest, waited)
+            await anyio.sleep(0.005)
+
+    rebuilt = 0
+    began = anyio.current_time()
+    async with writers.at_work(25, pause=1.0), anyio.create_task_group() as group:
+        group.start_soon(watch)
+        while anyio.current_time() < began + 20:
+            await spoil(connection, *[LOSE_A_KEY, SPOIL_A_KEY] * 20)
+            await usage.rebuild(since=clock.now - DAY)
+            rebuilt += 1
+        writers.over = True
+    took = anyio.current_time() - began
+    print(f"\n{rebuilt} times beside {writers.calls / took:.0f} rows/s; the longest wait {longest * 1000:.0f} ms")
+    assert rebuilt > 5
+    assert await exact(usage)
+    assert longest <= 0.2
 
 
 async def test_rebuild_and_prune_commit_by_themselves(usage: UsageService, engine: Engine, clock: ManualClock) -> None:
