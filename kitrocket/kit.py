@@ -127,6 +127,7 @@ class KitRocket:
             queue_size=self.settings.usage_queue_size,
             linger=self.settings.usage_linger,
             rollup=self.settings.usage_rollup,
+            live=self.settings.usage_live,
             export_event=self.settings.usage_export_event,
             export_late=self.settings.usage_export_late,
             api_key=self.settings.dodo_payments_api_key,
@@ -145,6 +146,7 @@ class KitRocket:
             stack.enter_context(_serving_piccolo(self.engine))
             await stack.enter_async_context(self.sessions.coalescing())
             await stack.enter_async_context(self.usage.recording(_owned))
+            await stack.enter_async_context(self.usage.watching())
             if self._background:
                 await stack.enter_async_context(_owned(self._work))
             self._stack = stack.pop_all()

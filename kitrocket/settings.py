@@ -124,6 +124,8 @@ class Settings(BaseSettings):
     #: How long a call waits for others to share its commit; zero: only while another commit runs.
     usage_linger: timedelta = Field(default=timedelta(0), ge=timedelta(0), le=timedelta(seconds=60))
 
+    #: Whether recording tells other processes whose total changed, so that who watches reads at once.
+    usage_live: bool = False
     #: The name of the usage events at DodoPayments that calls are exported as; ``None``: they are not.
     usage_export_event: str | None = Field(default=None, min_length=1, max_length=255)
     #: What becomes of a call that is 55 minutes old when it is exported, which the provider refuses at 60.

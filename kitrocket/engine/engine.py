@@ -255,17 +255,21 @@ class Engine(PostgresEngine):
         arguments = await self._arguments()
         return await asyncpg.connect(**arguments if timed else arguments | {"command_timeout": None})
 
+    async def connect_direct(self) -> asyncpg.Connection[asyncpg.Record]:
+        """Return a connection of its own past any pooler; the caller closes it. Raises as :meth:`direct`."""
+        try:
+            return await asyncpg.connect(**await self._arguments(direct=True))
+        except Exception as error:
+            raise_ours(error)
+            raise
+
     @asynccontextmanager
     async def direct(self) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
         """A connection of its own past any pooler, for session locks, LISTEN and migrations.
 
         Raises :class:`ConfigurationError` behind a pooler without ``direct_url``.
         """
-        try:
-            connection = await asyncpg.connect(**await self._arguments(direct=True))
-        except Exception as error:
-            raise_ours(error)
-            raise
+        connection = await self.connect_direct()
         try:
             yield connection
         finally:

@@ -37,6 +37,11 @@ SELECT id, user_id, tokens_used, model, created_at
 FROM usage
 WHERE id = ANY ($1::text[]);
 
+-- name: announce
+-- Tell who listens that usage was recorded; in a transaction, once it is committed.
+-- $1 the channel, $2 the users' ids as JSON, or * for all.
+SELECT pg_notify($1, $2);
+
 -- name: total
 -- Sum a user's tokens in a window.
 -- $1 user, $2 since, $3 until or NULL, $4 model or NULL for all.

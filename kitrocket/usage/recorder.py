@@ -22,6 +22,7 @@ import asyncpg
 from kitrocket.engine import Engine, Fault, HeldConnection, fault_of
 from kitrocket.errors import DatabaseUnavailableError, InvalidInputError, RecorderClosedError, UsageConflictError
 from kitrocket.usage.calls import Call
+from kitrocket.usage.watching import Live
 from kitrocket.usage.writing import Writer
 
 #: How many flushers there are: one writes while the other gathers.
@@ -61,9 +62,10 @@ class _Waiting:
 class Recorder:
     """Group commit: open within :meth:`open`, closed for good behind it until it is opened again."""
 
-    def __init__(self, engine: Engine, writer: Writer, *, queue_size: int, linger: timedelta) -> None:
+    def __init__(self, engine: Engine, writer: Writer, live: Live, *, queue_size: int, linger: timedelta) -> None:
         self._engine = engine
         self._writer = writer
+        self._live = live
         self._queue_size = queue_size
         self._linger = linger.total_seconds()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -151,7 +153,9 @@ class Recorder:
         lane = self._engine.hold()
         try:
             while True:
-                await self._flush(lane, await self._take())
+                taken = await self._take()
+                await self._flush(lane, taken)
+                await self._live.announce(lane, (waiting.call.user_id for waiting in taken))
         finally:
             await lane.aclose()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from itertools import pairwise
 from os import PathLike
 from typing import Literal, TypeVar
@@ -53,6 +54,7 @@ from kitrocket.usage.settling import LATE, Settler
 from kitrocket.usage.sums import Sums
 from kitrocket.usage.thresholds import OnThreshold, Thresholds
 from kitrocket.usage.upkeep import count_before, midnight, prune, rebuild, verify
+from kitrocket.usage.watching import Live, Watch
 from kitrocket.usage.writing import Writer
 from kitrocket.windows import (
     CostDimension,
@@ -90,6 +92,7 @@ class UsageService:
         queue_size: int = 10_000,
         linger: timedelta = timedelta(0),
         rollup: bool = True,
+        live: bool = False,
         export_event: str | None = None,
         export_late: Literal["restamp", "park"] = "restamp",
         api_key: str | SecretStr | None = None,
@@ -101,7 +104,8 @@ class UsageService:
         self._sums = Sums(engine, rollup=rollup)
         self._prices = Prices(engine, rollup=rollup)
         self._writer = Writer(engine, rollup=rollup)
-        self._recorder = Recorder(engine, self._writer, queue_size=queue_size, linger=linger)
+        self._live = Live(engine, is_on=live)
+        self._recorder = Recorder(engine, self._writer, self._live, queue_size=queue_size, linger=linger)
         self._thresholds = Thresholds(engine)
         self._quotas = Quotas(engine, self._sums, self._thresholds, rollup=rollup)
         self._settler = Settler(
@@ -148,7 +152,9 @@ class UsageService:
         """Write a call, with others where calls share commits, and return the row that was there already."""
         if self._recorder.takes():
             return await self._recorder.record(call)
-        return (await self._writer.write([call])).get(call.id)
+        there = await self._writer.write([call])
+        await self._live.announce(self._engine, [call.user_id])
+        return there.get(call.id)
 
     async def record_many(self, entries: Iterable[UsageEntry | Mapping[str, object]]) -> RecordedUsage:
         """Record many calls in one transaction, all of them or none, and return how many were new.
@@ -166,6 +172,8 @@ class UsageService:
                 raise UsageConflictError(call.id)
             count += 1
         there = await self._writer.write([calls[id] for id in sorted(calls)]) if calls else {}
+        if calls:
+            await self._live.announce(self._engine, (call.user_id for call in calls.values()))
         inserted = sum(1 for call in calls.values() if call.id not in there or not call.is_given)
         return RecordedUsage(inserted=inserted, duplicates=count - inserted)
 
@@ -333,6 +341,32 @@ class UsageService:
         else:
             raise InvalidInputError("period", "it is none of the possible ones", "month or billing")
         return await self._sums.total(user_id, chosen, model)
+
+    def watch(
+        self,
+        user_id: str,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        model: str | None = None,
+        period: Literal["month", "billing"] | None = None,
+        tz: str = "UTC",
+    ) -> Watch:
+        """Follow a user's :meth:`total`: ``async for total in usage.watch(user_id)``.
+
+        The newest total comes at once, and then whenever it has become another one, by calls or as a sliding window
+        moves on. With ``live`` on, here and where calls are recorded, it is at most a second behind the commit, and so
+        it is with ``live`` off here, by reading every second. Behind a listening connection, what other writers commit
+        is seen within 10 s. It ends when the kit is left, and raises as :meth:`total` does, and
+        :class:`TransactionError` inside a transaction.
+        """
+        label("user_id", user_id)
+        read = partial(self.total, user_id, since=since, until=until, model=model, period=period, tz=tz)
+        return Watch(self._live, self._engine, user_id, read)
+
+    def watching(self) -> AbstractAsyncContextManager[None]:
+        """End every :meth:`watch` when the block is left."""
+        return self._live.open()
 
     async def billing_period(self, user_id: str) -> Period:
         """Return the period for which the user is billed now.
