@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 import factories
-from delivering import PAYLOADS, PRODUCTS, USER, Desk
+from delivering import PAYLOADS, PRODUCTS, SUBSCRIPTION, USER, Desk, with_user
+from dodo_server import DodoServer
 from kitrocket.admin import create_staff, has_staff
 from kitrocket.engine import Engine
 from kitrocket.errors import InvalidInputError
@@ -438,6 +439,23 @@ async def test_the_forms_repair_webhooks_and_say_what_is_wrong(
         for form in ("replay-a-webhook", "retry-parked-webhooks", "reconcile-with-dodopayments"):
             assert (await client.get(f"/api/forms/{form}/")).status_code == 401
             assert (await client.post(f"/api/forms/{form}/", json={})).status_code in (401, 403)
+
+
+async def test_the_form_that_reconciles_says_what_differs_before_it_writes(
+    engine: Engine, clock: ManualClock, dodo: DodoServer
+) -> None:
+    desk = await with_user(Desk(engine, clock))
+    await desk.deliver(PAYLOADS["02"])
+    dodo.subscriptions[SUBSCRIPTION] = PAYLOADS["02"]["data"] | {"status": "on_hold"}
+    kit = make_kit(engine, clock, dodo_products=PRODUCTS, dodo_payments_api_key="key", dodo_payments_base_url=dodo.url)
+    async with logged_in(kit) as client:
+        for dry_run, changed, status in ((True, 0, "active"), (False, 1, "past_due")):
+            answer = await client.post("/api/forms/reconcile-with-dodopayments/", json={"dry_run": dry_run})
+            text = answer.json()["custom_form_success"]
+            assert text.startswith("Compared 1: ")
+            assert f"{changed} changed" in text
+            assert f"{SUBSCRIPTION} status: active here, on_hold there." in text
+            assert await engine.fetchval("SELECT status FROM subscriptions") == status
 
 
 JUNK_QUERIES = [
