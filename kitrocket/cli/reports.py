@@ -10,19 +10,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from decimal import Decimal
 from enum import StrEnum
-from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.bar import Bar
-from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from kitrocket.cli.charts import Panel, svg
 from kitrocket.cli.running import opened, out, remarks, run
-from kitrocket.cli.writing import cell, letters, printable, shortened
+from kitrocket.cli.writing import ValueBar, cell, letters, printable, shortened
 from kitrocket.errors import ConfigurationError, InvalidInputError
 from kitrocket.kit import KitRocket
 from kitrocket.models import CostLine, CostReport
@@ -242,24 +239,16 @@ def _table(asked: _Asked, section: _Section) -> Table:
     taken = sum(max(map(len, column)) + 2 for column in zip(heads, *numbers, totals, strict=True))
     longest = max(letters(printable(label)) for label in (section.by, "total", *(row.label for row in rows)))
     name = min(longest, _NAME, max(_SHORTEST, out.width - taken - _BAR[0] - 4))
-    bar = min(_BAR[1], max(_BAR[0], out.width - taken - name - 4))
-    table = Table(box=None, show_footer=True, width=name + bar + taken + 4)
+    width = min(_BAR[1], max(_BAR[0], out.width - taken - name - 4))
+    table = Table(box=None, show_footer=True, width=name + width + taken + 4)
     table.add_column(section.by, footer="total", no_wrap=True, width=name)
-    table.add_column("", width=bar)
+    table.add_column("", width=width)
     for head, total in zip(heads, totals, strict=True):
         table.add_column(head, justify="right", footer=total, no_wrap=True)
     largest = max((row.value(asked) for row in rows), default=0)
     for row, line in zip(rows, numbers, strict=True):
-        table.add_row(Text(shortened(row.label, name)), _bar(row.value(asked), largest, bar), *line)
+        table.add_row(Text(shortened(row.label, name)), ValueBar(row.value(asked), largest, width), *line)
     return table
-
-
-def _bar(value: int | Decimal, largest: int | Decimal, width: int) -> RenderableType:
-    """A bar from zero; what is not zero shows at least a sliver."""
-    share = max(float(value) / float(largest), 1 / (8 * width)) if value else 0.0
-    if not out.encoding.lower().startswith("utf"):
-        return Text("#" * ceil(share * width))
-    return Bar(1.0, 0.0, share, width=width)
 
 
 def _money(cost: Decimal, tokens: int, unpriced: int) -> str:

@@ -6,7 +6,13 @@ marks that turn the direction of writing, or what a spreadsheet takes for a form
 
 from __future__ import annotations
 
+from decimal import Decimal
+from math import ceil
 from unicodedata import combining, east_asian_width
+
+from rich.bar import Bar
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 
 
 def printable(name: str) -> str:
@@ -42,3 +48,18 @@ def cell(name: str) -> str:
     """Return a printable name that no spreadsheet takes for a formula: what begins like one gets an apostrophe."""
     name = printable(name)
     return f"'{name}" if name.lstrip().startswith(("=", "+", "-", "@")) else name
+
+
+class ValueBar:
+    """A bar from zero, as long as ``value`` is beside ``largest``; what is not zero shows at least a sliver."""
+
+    def __init__(self, value: int | Decimal, largest: int | Decimal, width: int) -> None:
+        self._share = max(float(value) / float(largest), 1 / (8 * width)) if value else 0.0
+        self._width = width
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw it in eighths of a letter, or in whole ones where the encoding has no others."""
+        if options.ascii_only:
+            yield Text("#" * ceil(self._share * self._width))
+        else:
+            yield Bar(1.0, 0.0, self._share, width=self._width)

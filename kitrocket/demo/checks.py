@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from decimal import Decimal
 from typing import TypeAlias
 
 import asyncpg
@@ -22,6 +23,7 @@ from kitrocket.demo.traffic import (
     UsageFigures,
     due_sessions,
     planned_totals,
+    prices,
 )
 from kitrocket.kit import KitRocket
 from kitrocket.models import UsageEntry
@@ -38,6 +40,16 @@ FROM subscriptions s
 """
 _USAGE_BY_USER = """
 SELECT user_id, sum(tokens_used)::bigint AS tokens, count(*) AS calls FROM usage WHERE created_at >= $1 GROUP BY user_id
+"""
+_COST_BY_MODEL = """
+SELECT u.model, sum(u.tokens_used * p.per_million / 1000000) AS cost
+FROM usage u
+JOIN kitrocket.model_prices p ON p.model = u.model AND p.currency = 'USD' AND p.valid_from = (
+    SELECT max(valid_from) FROM kitrocket.model_prices
+    WHERE model = u.model AND currency = 'USD' AND valid_from <= u.created_at
+)
+WHERE u.created_at >= $1
+GROUP BY u.model
 """
 _USAGE_BY_MODEL = """
 SELECT model, sum(tokens_used)::bigint AS tokens FROM usage WHERE created_at >= $1 GROUP BY model
@@ -144,6 +156,15 @@ async def check_sessions(checks: Checks, raw: Raw, figures: SessionFigures) -> N
     checks.equal("sessions left in the table", await raw.fetchval("SELECT count(*) FROM sessions"), figures.live)
 
 
+@dataclass(frozen=True)
+class CostSeen:
+    """What a model cost, by the service and by plain SQL."""
+
+    model: str
+    cost: Decimal
+    raw: Decimal
+
+
 async def check_usage(
     checks: Checks,
     kit: KitRocket,
@@ -171,6 +192,19 @@ async def check_usage(
         users.append(line)
     await _check_top(checks, kit, since, rows)
     return users, await _by_model(checks, kit, raw, people, by_model, since)
+
+
+async def check_cost(checks: Checks, kit: KitRocket, raw: Raw) -> list[CostSeen]:
+    """Set dated prices, then compare what 30 days cost by model: by the service, by plain SQL a row at a time."""
+    since = kit.clock() - USAGE_WINDOW
+    await kit.usage.set_prices(prices(kit.clock()))
+    report = await kit.usage.cost(since=since, by="model")
+    rows = {row["model"]: row["cost"] for row in await raw.fetch(_COST_BY_MODEL, to_db(since))}
+    seen = [CostSeen(line.model or "", line.cost, rows.get(line.model, Decimal(0))) for line in report.lines]
+    for line in seen:
+        checks.equal(f"cost of {line.model}", line.cost, line.raw)
+    checks.equal("cost of all models", report.total, round(sum(rows.values(), Decimal(0)), 2))
+    return seen
 
 
 async def _check_top(checks: Checks, kit: KitRocket, since: datetime, rows: Mapping[str, asyncpg.Record]) -> None:

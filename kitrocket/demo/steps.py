@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from kitrocket.demo import checks, delivery, summary, traffic
-from kitrocket.demo.checks import Checks, Raw, UsageLine
+from kitrocket.demo.checks import Checks, CostSeen, Raw, UsageLine
 from kitrocket.demo.delivery import Tally
 from kitrocket.demo.lifecycles import MAYA, STORIES, Event, Expected, Life, Person, fixtures, fixtures_end, orphan
 from kitrocket.demo.summary import Screen
@@ -47,6 +47,7 @@ async def run_steps(stage: Stage) -> None:
     await _refuse_junk(stage, script)
     await _check_sessions(stage, people)
     users, models = await _record_usage(stage, people)
+    costs = await _price_usage(stage)
     lines = await checks.check_subscriptions(stage.checks, stage.kit, stage.raw, people, script.expected)
     stage.screen.say()
     summary.show_deliveries(stage.screen, tally)
@@ -54,6 +55,8 @@ async def run_steps(stage: Stage) -> None:
     summary.show_subscriptions(stage.screen, lines, script.titles)
     stage.screen.say()
     summary.show_usage(stage.screen, users, models)
+    stage.screen.say()
+    summary.show_costs(stage.screen, costs)
     stage.screen.say()
     summary.show_verdict(stage.screen, stage.checks)
 
@@ -138,6 +141,14 @@ async def _record_usage(stage: Stage, people: Sequence[Person]) -> tuple[list[Us
             f"{figures.repeated + figures.repeated_in_bulk:,} of them sent again, counted once",
         ]
     return lines
+
+
+async def _price_usage(stage: Stage) -> list[CostSeen]:
+    with stage.screen.step("cost") as step:
+        costs = await checks.check_cost(stage.checks, stage.kit, stage.raw)
+        total = sum(line.cost for line in costs)
+        step.lines = [f"30 days cost {total:,.2f} USD by two dated prices of each model"]
+    return costs
 
 
 def _statuses(statuses: Counter[int]) -> str:

@@ -6,17 +6,21 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from decimal import Decimal
 from time import perf_counter
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kitrocket.demo.checks import Checks, SubscriptionLine, UsageLine
+from kitrocket.cli.writing import ValueBar
+from kitrocket.demo.checks import Checks, CostSeen, SubscriptionLine, UsageLine
 from kitrocket.demo.delivery import Tally
 
 #: How many users the table of usage names.
 _TOP = 8
+#: How long the longest bar of a table is, in columns.
+_BAR = 24
 #: How much of a failed check is printed, in characters.
 _LONGEST = 300
 
@@ -110,6 +114,19 @@ def show_usage(screen: Screen, users: Sequence[UsageLine], models: Sequence[Usag
     _show_usage(screen, "Tokens of the last 30 days, by user", [*top, others], UsageLine("all", *_sums(users)))
     screen.say()
     _show_usage(screen, "The same, by model", models, UsageLine("all", *_sums(models)))
+
+
+def show_costs(screen: Screen, costs: Sequence[CostSeen]) -> None:
+    """Print what the last 30 days cost by model, with a bar each, beside what plain SQL says."""
+    table = _table("What they cost, by dated prices", "", "", "USD", "by plain SQL", "")
+    table.columns[1].width = _BAR
+    largest = max((line.cost for line in costs), default=Decimal(0))
+    for line in costs:
+        verdict = "[green]=[/green]" if line.cost == line.raw else "[red]differs[/red]"
+        bar = ValueBar(line.cost, largest, _BAR)
+        table.add_row(line.model, bar, f"{line.cost:,.4f}", f"{line.raw:,.4f}", verdict)
+    _right(table, "USD", "by plain SQL")
+    screen.console.print(table)
 
 
 def show_verdict(screen: Screen, checks: Checks) -> None:

@@ -7,7 +7,8 @@ import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from time import perf_counter
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from kitrocket import tokens
 from kitrocket.clock import to_db
 from kitrocket.demo.lifecycles import MAYA, MAYA_EMAIL, STORIES, Person
 from kitrocket.kit import KitRocket
-from kitrocket.models import IssuedSession, SweepResult, UsageEntry
+from kitrocket.models import IssuedSession, ModelPrice, SweepResult, UsageEntry
 from kitrocket.sessions import SessionService
 
 T = TypeVar("T")
@@ -35,6 +36,14 @@ _USAGE_SPAN = timedelta(days=45)
 #: No call is dated this close to the window's edge, which moves while the demo runs.
 _EDGE = timedelta(hours=1)
 _MODELS = {"claude-sonnet-4-20250514": 6, "claude-opus-4-20250514": 2, "gpt-4o-mini": 3, "gemini-2.5-flash": 1}
+#: Made-up prices of a million tokens: the first from long ago on, the second for the last days.
+_PRICES = {
+    "claude-sonnet-4-20250514": ("9.00", "7.50"),
+    "claude-opus-4-20250514": ("45.00", "37.50"),
+    "gpt-4o-mini": ("0.375", "0.35"),
+    "gemini-2.5-flash": ("1.40", "1.25"),
+}
+_PRICES_CHANGED = timedelta(days=10)
 
 
 async def each(work: Callable[[T], Awaitable[object]], items: Iterable[T], *, callers: int) -> None:
@@ -258,6 +267,16 @@ async def run_usage(kit: KitRocket, entries: Sequence[UsageEntry], advance: Call
     await each(record, again[: USAGE_REPEATED // 2], callers=USAGE_CALLERS)
     bulk = await kit.usage.record_many(again[USAGE_REPEATED // 2 :])
     return UsageFigures(recorded, seconds, new[False], bulk.duplicates)
+
+
+def prices(now: datetime) -> list[ModelPrice]:
+    """Return what the models cost: two prices each, the second since some days ago."""
+    changed = (now - _PRICES_CHANGED).date()
+    return [
+        ModelPrice(model=model, valid_from=day, per_million=Decimal(price))
+        for model, both in _PRICES.items()
+        for day, price in zip((date(2020, 1, 1), changed), both, strict=True)
+    ]
 
 
 def planned_totals(entries: Sequence[UsageEntry], since: datetime) -> tuple[Counter[str], Counter[str]]:
