@@ -16,16 +16,21 @@ SELECT kept AS id FROM kitrocket.keep_users($1::text[]) AS kept;
 -- Whether there is a user. $1 user.
 SELECT EXISTS (SELECT 1 FROM users WHERE id = $1) AS exists;
 
--- name: users_of_customer
--- The users whom the mirror or their row links to a customer, two at most. $1 customer.
-SELECT user_id FROM kitrocket.dodo_subscriptions WHERE customer_id = $1 AND user_id IS NOT NULL
-UNION
-SELECT user_id FROM subscriptions WHERE dodo_customer_id = $1
-LIMIT 2;
+-- name: lock_for_snapshot
+-- Locks a subscription, then the users it may belong to, and returns what is known of them and of the subscription's
+-- payments. $1 subscription, $2 customer, $3 whether the event names a user, $4 the user it names, $5 e-mail address in
+-- lower case.
+SELECT kitrocket.lock_for_snapshot($1, $2, $3, $4, $5);
 
--- name: users_by_verified_email
--- The users with an address that was verified, two at most. $1 e-mail address in lower case.
-SELECT id AS user_id FROM users WHERE lower(email) = $1 AND email_verified IS NOT NULL LIMIT 2;
+-- name: holdings
+-- What users have whose locks the transaction holds: snapshots, rows, the row that counts first (live, then one that the
+-- mirror knows, then the newest), and the incidents that are open about them. $1 users.
+SELECT kitrocket.holdings($1::text[]);
+
+-- name: write_changes
+-- Writes what a transaction changes: mirror, rows, incidents and what became of the event. $1 the changes, by the columns
+-- of their tables.
+SELECT kitrocket.write_changes($1);
 
 -- name: snapshots
 -- The mirror's snapshots by their ids, without a lock. $1 ids.
@@ -54,51 +59,6 @@ SELECT payment_id FROM kitrocket.dodo_payments WHERE status IS NULL ORDER BY pay
 -- Subscriptions whose meaning time alone has changed, the longest due first. $1 now.
 SELECT subscription_id FROM kitrocket.dodo_subscriptions WHERE reproject_at <= $1 ORDER BY reproject_at LIMIT 1000;
 
--- name: write_snapshot
--- Puts a snapshot into the mirror. $1 to $30 in the order of the columns.
-INSERT INTO kitrocket.dodo_subscriptions (
-    subscription_id, user_id, customer_id, product_id, plan, status, created_at, previous_billing_date,
-    next_billing_date, cancel_at_next_billing_date, cancelled_at, expires_at, paused_at, past_due_ends_at,
-    trial_period_days, pending_plan, pending_plan_at, started, event_at, event_key, webhook_id, fetched_at, needs_check,
-    reproject_at, revoked_at, revoked_reason, dispute_open, charged, charge_failed, named_key, version
-)
-VALUES (
-    $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25,
-    $26, $27, $28, $29, $30, 1
-)
-ON CONFLICT (subscription_id) DO UPDATE SET
-    user_id = excluded.user_id,
-    customer_id = excluded.customer_id,
-    product_id = excluded.product_id,
-    plan = excluded.plan,
-    status = excluded.status,
-    created_at = excluded.created_at,
-    previous_billing_date = excluded.previous_billing_date,
-    next_billing_date = excluded.next_billing_date,
-    cancel_at_next_billing_date = excluded.cancel_at_next_billing_date,
-    cancelled_at = excluded.cancelled_at,
-    expires_at = excluded.expires_at,
-    paused_at = excluded.paused_at,
-    past_due_ends_at = excluded.past_due_ends_at,
-    trial_period_days = excluded.trial_period_days,
-    pending_plan = excluded.pending_plan,
-    pending_plan_at = excluded.pending_plan_at,
-    started = excluded.started,
-    event_at = excluded.event_at,
-    event_key = excluded.event_key,
-    webhook_id = excluded.webhook_id,
-    fetched_at = excluded.fetched_at,
-    needs_check = excluded.needs_check,
-    reproject_at = excluded.reproject_at,
-    revoked_at = excluded.revoked_at,
-    revoked_reason = excluded.revoked_reason,
-    dispute_open = excluded.dispute_open,
-    charged = excluded.charged,
-    charge_failed = excluded.charge_failed,
-    named_key = excluded.named_key,
-    version = kitrocket.dodo_subscriptions.version + 1
-RETURNING subscription_id;
-
 -- name: payments_of_subscription
 -- The payments that name a subscription. $1 subscription.
 SELECT * FROM kitrocket.dodo_payments WHERE subscription_ids @> jsonb_build_array($1::text) ORDER BY payment_id;
@@ -125,42 +85,6 @@ ON CONFLICT (payment_id) DO UPDATE SET
     disputes = excluded.disputes
 RETURNING payment_id;
 
--- name: holdings
--- What users have: each snapshot beside each row, the row that counts first (live, then one that the mirror knows, then
--- the newest), and the incidents that are open about them. The ORDER BY stands in users.sql too, and must stay the same.
--- $1 users.
-SELECT
-    u.id AS owner_id, m.*, r.id AS row_id, r.plan AS row_plan, r.status AS row_status,
-    r.dodo_customer_id AS row_dodo_customer_id, r.dodo_subscription_id AS row_dodo_subscription_id,
-    r.current_period_end AS row_current_period_end, r.created_at AS row_created_at, r.updated_at AS row_updated_at,
-    k.subscription_id IS NOT NULL AS row_known,
-    ARRAY(
-        SELECT i.kind || ' ' || i.subject FROM kitrocket.billing_incidents i
-        WHERE i.user_id = u.id AND i.closed_at IS NULL AND i.kind IN ('double_billing', 'still_billing')
-    ) AS incidents
-FROM unnest($1::text[]) AS u (id)
-LEFT JOIN kitrocket.dodo_subscriptions m ON m.user_id = u.id
-LEFT JOIN subscriptions r ON r.user_id = u.id
-LEFT JOIN kitrocket.dodo_subscriptions k ON k.subscription_id = r.dodo_subscription_id
-ORDER BY
-    u.id, r.status IN ('active', 'trialing', 'past_due') DESC, k.subscription_id IS NOT NULL DESC, r.created_at DESC,
-    r.id DESC, m.subscription_id;
-
--- name: open_incident
--- Opens an incident unless one of its kind and subject is open. $1 id, $2 kind, $3 subject, $4 user, $5 now, $6 detail,
--- $7 whether hooks are told: 'pending' or 'none'.
-INSERT INTO kitrocket.billing_incidents (
-    id, kind, subject, user_id, opened_at, detail, hook_state, hook_attempts, hook_next_at
-)
-VALUES ($1, $2, $3, $4, $5::timestamp, $6, $7, 0, CASE WHEN $7 = 'pending' THEN $5::timestamp END)
-ON CONFLICT (kind, subject) WHERE closed_at IS NULL DO NOTHING
-RETURNING id;
-
--- name: close_incident
--- Closes the open incident of a kind and subject. $1 kind, $2 subject, $3 now.
-UPDATE kitrocket.billing_incidents SET closed_at = $3 WHERE kind = $1 AND subject = $2 AND closed_at IS NULL
-RETURNING id;
-
 -- name: row_of_user
 -- The row of a user that counts, chosen as above. $1 user.
 SELECT s.*
@@ -186,28 +110,6 @@ LEFT JOIN LATERAL (
     LIMIT 1
 ) AS s ON true
 LEFT JOIN kitrocket.dodo_subscriptions m ON m.user_id = $1;
-
--- name: insert_row
--- A new row. $1 id, $2 user, $3 plan, $4 status, $5 customer, $6 subscription, $7 period's end, $8 created, $9 updated.
-INSERT INTO subscriptions (
-    id, user_id, plan, status, dodo_customer_id, dodo_subscription_id, current_period_end, created_at, updated_at
-)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
-RETURNING id;
-
--- name: update_row
--- What a row shows. $1 id, $2 user, $3 plan, $4 status, $5 customer, $6 subscription, $7 period's end, $8 created,
--- $9 updated.
-UPDATE subscriptions
-SET
-    plan = $3, status = $4, dodo_customer_id = $5, dodo_subscription_id = $6, current_period_end = $7, created_at = $8,
-    updated_at = $9
-WHERE id = $1 AND user_id = $2
-RETURNING id;
-
--- name: delete_row
--- A row whose subscription now belongs to somebody else. $1 id, $2 user.
-DELETE FROM subscriptions WHERE id = $1 AND user_id = $2 RETURNING id;
 
 -- name: had_trial
 -- Whether a subscription of a user ever started that had a trial. $1 user.

@@ -1,16 +1,26 @@
 -- name: store_event
--- Stores a delivery, or counts one more of a known event, which is then locked.
+-- Stores a delivery, or counts one more of a known event, which is then locked. With $11 a new one's locks are taken
+-- after that, and what they protect is read: kitrocket.lock_for_snapshot.
 -- $1 webhook id, $2 type, $3 subscription, $4 payment, $5 customer, $6 the user its metadata names, $7 event time,
--- $8 now, $9 SHA-256 of the body, $10 the body.
-INSERT INTO kitrocket.webhook_events AS known (
-    webhook_id, type, subscription_id, payment_id, customer_id, user_hint, event_at, received_at, body_sha256, payload,
-    state, attempts, deliveries, hook_state, hook_attempts
+-- $8 now, $9 SHA-256 of the body, $10 the body; $11 subscription, or NULL: no locks, $12 customer, $13 whether the event
+-- names a user, $14 the user it names, $15 e-mail address in lower case.
+WITH stored AS (
+    INSERT INTO kitrocket.webhook_events AS known (
+        webhook_id, type, subscription_id, payment_id, customer_id, user_hint, event_at, received_at, body_sha256,
+        payload, state, attempts, deliveries, hook_state, hook_attempts
+    )
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'received', 0, 1, 'none', 0)
+    ON CONFLICT (webhook_id) DO UPDATE SET deliveries = known.deliveries + 1
+    RETURNING
+        webhook_id, type, state, attempts, deliveries, body_sha256, subscription_id, hook_state,
+        CASE WHEN known.deliveries > 1 THEN known.payload END AS payload
 )
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'received', 0, 1, 'none', 0)
-ON CONFLICT (webhook_id) DO UPDATE SET deliveries = known.deliveries + 1
-RETURNING
-    webhook_id, type, state, attempts, deliveries, body_sha256, subscription_id, hook_state,
-    CASE WHEN known.deliveries > 1 THEN known.payload END AS payload;
+SELECT
+    *,
+    CASE
+        WHEN deliveries = 1 AND $11::text IS NOT NULL THEN kitrocket.lock_for_snapshot($11, $12, $13, $14, $15)
+    END AS locked
+FROM stored;
 
 -- name: take_event
 -- Locks a stored event unless another process has it. $1 webhook id.
@@ -25,20 +35,6 @@ SELECT webhook_id, type, state, attempts, deliveries, body_sha256, subscription_
 FROM kitrocket.webhook_events
 WHERE webhook_id = $1
 FOR UPDATE;
-
--- name: settle_event
--- Notes what became of an event. The e-mail address stays only while the user is missing.
--- $1 webhook id, $2 state, $3 reason, $4 user, $5 e-mail, $6 attempts, $7 next attempt, $8 error, $9 finished, $10 when
--- hooks are to run, or NULL: as before.
-UPDATE kitrocket.webhook_events
-SET
-    state = $2, reason = $3, user_id = coalesce($4, user_id), customer_email = $5, attempts = $6, next_attempt_at = $7,
-    last_error = $8, finished_at = coalesce(finished_at, $9),
-    hook_state = CASE WHEN $10::timestamp IS NULL THEN hook_state ELSE 'pending' END,
-    hook_attempts = CASE WHEN $10 IS NULL THEN hook_attempts ELSE 0 END,
-    hook_next_at = coalesce($10, hook_next_at)
-WHERE webhook_id = $1
-RETURNING webhook_id;
 
 -- name: events_to_retry
 -- Unfinished events that are due, and parked or dead ones whose missing user or payment has appeared, oldest first.

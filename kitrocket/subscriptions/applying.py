@@ -1,7 +1,8 @@
-"""Apply an event: locks, reads, then writes to mirror, index and row. Runs inside the inbox's transaction.
+"""Apply an event: locks, reads, then the changes to mirror, index and row. Runs inside the inbox's transaction.
 
 Locks are taken in classes (payment, subscription, user), each in a statement of its own before the reads that it
-protects: a statement that waits for a lock keeps the snapshot from before the wait.
+protects: a statement that waits for a lock keeps the snapshot from before the wait. For a snapshot the statements stand
+in the function ``kitrocket.lock_for_snapshot``, for a payment here.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from kitrocket.engine import Engine
 from kitrocket.inputs import EMAIL_MAX, ID_MAX, normalised_email
 from kitrocket.models import Difference
 from kitrocket.sql import statements
-from kitrocket.subscriptions.inbox import Verdict
+from kitrocket.subscriptions.changes import Changes
+from kitrocket.subscriptions.inbox import Lock, Verdict
 from kitrocket.subscriptions.incidents import open_incident
 from kitrocket.subscriptions.mirror import Mirrored, differences, payment_from_row, payment_parameters
+from kitrocket.subscriptions.reading import Reading, holdings_from_json
 from kitrocket.subscriptions.rows import project_users
 
 _SQL = statements("subscriptions")
@@ -60,17 +63,37 @@ class Applier:
         self._policy = policy
         self._is_heard = is_heard
 
-    async def apply(self, event: Event, webhook_id: str, now: datetime, *, again: bool = False) -> Verdict:
-        """Apply an event and return what it came to. ``again`` writes the row anew even if nothing is new."""
+    async def apply(
+        self,
+        event: Event,
+        webhook_id: str,
+        now: datetime,
+        changes: Changes,
+        *,
+        again: bool = False,
+        reading: Reading | None = None,
+    ) -> Verdict:
+        """Apply an event: add to ``changes`` what it changes, and return what it came to.
+
+        ``again`` writes the row anew even if nothing is new. ``reading`` is what was read under the locks that
+        :meth:`lock_of` names; without it they are taken here.
+        """
         content = event.content
         problem = self.problem_with(content)
         if problem is not None:
             return Verdict("parked", problem)
         if isinstance(content, SubscriptionSnapshot):
-            return await self._apply_snapshot(content, event, webhook_id, now, again)
+            reading = reading or await self._read(content)
+            return self._apply_snapshot(content, event, webhook_id, now, reading, changes, again)
         if isinstance(content, PaymentState | RefundState | DisputeState):
-            return await self._apply_payment(content, event, now, again)
+            return await self._apply_payment(content, event, now, changes, again)
         return Verdict("ignored")
+
+    def lock_of(self, content: Content) -> Lock | None:
+        """Return the parameters of ``lock_for_snapshot`` if ``content`` is a snapshot that can be applied."""
+        if not isinstance(content, SubscriptionSnapshot) or self.problem_with(content) is not None:
+            return None
+        return self._lock_of(content)
 
     def problem_with(self, content: Content) -> str | None:
         """Return why the content of an event cannot be understood, whatever the database says, or ``None``."""
@@ -88,7 +111,7 @@ class Applier:
         for known in await self._lock([subscription_id]):
             if not known.needs_check:
                 await self._keep_users({known.user_id})
-                await self._engine.fetch(_SQL["write_snapshot"], *replace(known, needs_check=True).parameters())
+                await Changes({subscription_id: replace(known, needs_check=True)}).write(self._engine)
 
     async def due(self, now: datetime) -> list[str]:
         """Return the subscriptions whose meaning time alone has changed, a thousand at most."""
@@ -101,8 +124,10 @@ class Applier:
             return False
         existing = await self._keep_users({known.user_id})
         new = replace(known, user_id=known.user_id if known.user_id in existing else None)
-        await self._engine.fetch(_SQL["write_snapshot"], *self._dated(new, now).parameters())
-        await self._project(existing, now)
+        changes = Changes()
+        changes.mirror(self._dated(new, now))
+        await self._project(existing, changes, now)
+        await changes.write(self._engine)
         return True
 
     # -- what was fetched from the provider ---------------------------------------------------------------------------
@@ -115,30 +140,29 @@ class Applier:
         ``told`` names the fields that the provider answered. A fetch has no event's time and key: every event that is
         newer than what was known stays newer.
         """
-        known = next(iter(await self._lock([state.subscription_id])), None)
+        reading = await self._read(state)
+        known = reading.known
         if (known.version if known else 0) != version:
             return None
-        linked = known.user_id if known else None
-        named = named_user(self._user_keys, state.metadata, state.customer.metadata)
-        target, _ = await self._user_of(state, named, linked)
-        existing = await self._keep_users({linked, target})
-        linked, target = (user_id if user_id in existing else None for user_id in (linked, target))
+        linked, target, _ = _users_in(reading)
         fact = Event("", known.snapshot.event_at if known else state.created_at or now, {})
         webhook_id = known.webhook_id if known else None
-        new = await self._new_snapshot(state, fact, webhook_id, known, known.event_key if known else "")
+        new = self._new_snapshot(state, fact, webhook_id, reading, known.event_key if known else "")
         if known is not None and state.status == "past_due" and state.past_due_ends_at is None:
             new = replace(new, snapshot=replace(new.snapshot, past_due_ends_at=known.snapshot.past_due_ends_at))
         new = replace(
             new,
-            user_id=(target or linked) if named is not None else (linked or target),
+            user_id=(target or linked) if self._names_somebody(state) else (linked or target),
             named_key=known.named_key if known else None,
             fetched_at=now,
             needs_check=False,
         )
-        changes = await self.compare(known, state, told)
-        await self._engine.fetch(_SQL["write_snapshot"], *self._dated(new, now).parameters())
-        await self._project({linked, new.user_id}, now)
-        return changes
+        found = await self.compare(known, state, told)
+        changes = Changes()
+        changes.mirror(self._dated(new, now))
+        self._project_read(reading, {linked, new.user_id}, changes, now)
+        await changes.write(self._engine)
+        return found
 
     async def compare(
         self, known: Mirrored | None, state: SubscriptionSnapshot, told: Iterable[str]
@@ -148,9 +172,8 @@ class Applier:
         named = named_user(self._user_keys, state.metadata, state.customer.metadata)
         linked = known.user_id if known else None
         if known is not None and named not in (None, linked):
-            target, _ = await self._user_of(state, named, linked)
+            id, _, _, target, _ = self._lock_of(state)
             if target is not None and await self._engine.fetchval(_SQL["user_exists"], target):
-                id = state.subscription_id
                 found.append(Difference(subscription_id=id, field="user_id", ours=linked, theirs=target))
         return found
 
@@ -161,7 +184,7 @@ class Applier:
                 existing = await self._keep_users({known.user_id})
                 user_id = known.user_id if known.user_id in existing else None
                 new = self._dated(replace(known, user_id=user_id, fetched_at=now, needs_check=False), now)
-                await self._engine.fetch(_SQL["write_snapshot"], *new.parameters())
+                await Changes({subscription_id: new}).write(self._engine)
                 return True
         return False
 
@@ -171,38 +194,42 @@ class Applier:
             existing = await self._keep_users({known.user_id})
             user_id = known.user_id if known.user_id in existing else None
             new = replace(known, user_id=user_id, fetched_at=now, needs_check=False)
-            await self._engine.fetch(_SQL["write_snapshot"], *new.parameters())
+            changes = Changes()
+            changes.mirror(new)
             detail = {"subscriptions": [subscription_id]}
-            await open_incident(self._engine, "drift", subscription_id, user_id, detail, now, self._is_heard)
+            open_incident(changes, "drift", subscription_id, user_id, detail, now, self._is_heard)
+            await changes.write(self._engine)
 
     async def adopt_payment(self, state: PaymentState, now: datetime) -> None:
         """Take over a fetched payment; every event about it is newer."""
-        await self._apply_payment(state, Event("", state.created_at or now, {}), now, False)
+        changes = Changes()
+        await self._apply_payment(state, Event("", state.created_at or now, {}), now, changes, False)
+        await changes.write(self._engine)
 
     # -- subscriptions --------------------------------------------------------------------------------------------
 
-    async def _apply_snapshot(
-        self, state: SubscriptionSnapshot, event: Event, webhook_id: str, now: datetime, again: bool
+    def _apply_snapshot(
+        self,
+        state: SubscriptionSnapshot,
+        event: Event,
+        webhook_id: str,
+        now: datetime,
+        reading: Reading,
+        changes: Changes,
+        again: bool,
     ) -> Verdict:
-        known = next(iter(await self._lock([state.subscription_id])), None)
-        linked = known.user_id if known else None
-        named = named_user(self._user_keys, state.metadata, state.customer.metadata)
-        target, problem = await self._user_of(state, named, linked)
-        existing = await self._keep_users({linked, target})
-        if target is not None and target not in existing:
-            target, problem = None, "no_user"
-        linked = linked if linked in existing else None
-
+        known = reading.known
+        linked, target, problem = _users_in(reading)
         key = state.order_key(event.at)
         loses = known is not None and key < known.event_key
         if known is None or key > known.event_key:
-            new = await self._new_snapshot(state, event, webhook_id, known, key)
+            new = self._new_snapshot(state, event, webhook_id, reading, key)
         else:
             started = known.snapshot.started or _is_started(state)
             new = replace(known, snapshot=replace(known.snapshot, started=started))
         named_key = known.named_key if known else None
         is_outdone = named_key is not None and key < named_key
-        if named is not None and target is not None and not is_outdone:
+        if self._names_somebody(state) and target is not None and not is_outdone:
             # The newest event that names an existing user decides, whether or not its snapshot does.
             new = replace(new, user_id=target, named_key=key)
         else:
@@ -210,18 +237,18 @@ class Applier:
         new = self._checked(new, event, known, key, now)
 
         if new != known:
-            await self._engine.fetch(_SQL["write_snapshot"], *new.parameters())
+            changes.mirror(new)
         if new != known or again:
-            await self._project({linked, new.user_id}, now)
+            self._project_read(reading, {linked, new.user_id}, changes, now)
         if problem is not None and not is_outdone:
             return Verdict("parked", problem, user_id=linked, customer_email=_email_of(state))
         is_stale = loses and known is not None and (new.snapshot, new.user_id) == (known.snapshot, known.user_id)
         return Verdict("stale" if is_stale else "applied", user_id=new.user_id)
 
-    async def _new_snapshot(
-        self, state: SubscriptionSnapshot, event: Event, webhook_id: str | None, known: Mirrored | None, key: str
+    def _new_snapshot(
+        self, state: SubscriptionSnapshot, event: Event, webhook_id: str | None, reading: Reading, key: str
     ) -> Mirrored:
-        facts = await self._facts(state.subscription_id, state.previous_billing_date)
+        known = reading.known
         change = state.scheduled_change
         snapshot = Snapshot(
             subscription_id=state.subscription_id,
@@ -239,7 +266,7 @@ class Applier:
             past_due_ends_at=state.past_due_ends_at,
             trial_period_days=state.trial_period_days,
             started=_is_started(state) or (known is not None and known.snapshot.started),
-            facts=facts,
+            facts=facts_of(state.subscription_id, state.previous_billing_date, reading.payments),
         )
         return Mirrored(
             snapshot=snapshot,
@@ -273,53 +300,57 @@ class Applier:
             reproject_at=None if seen is None else seen.turns_at,
         )
 
-    async def _user_of(
-        self, state: SubscriptionSnapshot, named: str | None, linked: str | None
-    ) -> tuple[str | None, str | None]:
-        """Return the user of a subscription whose metadata names one or nobody, or why there is none."""
-        if named is not None:
-            # Whether such a user exists shows when the user is kept.
-            return (named, None) if len(named) <= ID_MAX and "\0" not in named else (None, "no_user")
-        if linked is not None:
-            return linked, None
-        candidates = await self._engine.fetch(_SQL["users_of_customer"], state.customer.customer_id)
-        email = _email_of(state)
-        if not candidates and email is not None:
-            candidates = await self._engine.fetch(_SQL["users_by_verified_email"], email)
-        if len(candidates) == 1:
-            return candidates[0]["user_id"], None
-        return None, "ambiguous_user" if candidates else "no_user"
+    def _names_somebody(self, state: SubscriptionSnapshot) -> bool:
+        return named_user(self._user_keys, state.metadata, state.customer.metadata) is not None
+
+    def _lock_of(self, state: SubscriptionSnapshot) -> Lock:
+        named = named_user(self._user_keys, state.metadata, state.customer.metadata)
+        # What cannot be an id names nobody.
+        id = named if named is not None and len(named) <= ID_MAX and "\0" not in named else None
+        return state.subscription_id, state.customer.customer_id, named is not None, id, _email_of(state)
+
+    async def _read(self, state: SubscriptionSnapshot) -> Reading:
+        """Lock a subscription, then the users it may belong to, and read what is known of them."""
+        return Reading.from_json(await self._engine.fetchval(_SQL["lock_for_snapshot"], *self._lock_of(state)))
+
+    def _project_read(self, reading: Reading, user_ids: set[str | None], changes: Changes, now: datetime) -> None:
+        holdings = [holding for holding in reading.holdings if holding.user_id in user_ids]
+        project_users(holdings, changes, now, self._policy, self._is_heard)
 
     # -- payments, refunds, disputes ------------------------------------------------------------------------------
 
     async def _apply_payment(
-        self, state: PaymentState | RefundState | DisputeState, event: Event, now: datetime, again: bool
+        self,
+        state: PaymentState | RefundState | DisputeState,
+        event: Event,
+        now: datetime,
+        changes: Changes,
+        again: bool,
     ) -> Verdict:
         row = await self._engine.fetchrow(_SQL["lock_payment"], state.payment_id)
         known = Payment(state.payment_id) if row is None else payment_from_row(row)
         merged, newest_at = _merge(known, state, event.at)
         mirrored = await self._lock(sorted(merged.subscription_ids))
         existing = await self._keep_users(item.user_id for item in mirrored)
+        changed: set[str] = set()
         if merged != known:
             await self._engine.fetch(_SQL["write_payment"], *payment_parameters(merged))
-            changed = [user_id for item in mirrored if (user_id := await self._refresh(item, existing, now))]
-            await self._project(changed, now)
-        if again:
-            await self._project(existing, now)
+            changed = {user_id for item in mirrored if (user_id := await self._refresh(item, existing, changes, now))}
+        await self._project(existing if again else changed, changes, now)
         user_id = min(existing, default=None)
         if merged.status is None:
             return Verdict("parked", "unknown_payment", user_id=user_id)
         is_stale = merged == known and newest_at is not None and event.at < newest_at
         return Verdict("stale" if is_stale else "applied", user_id=user_id)
 
-    async def _refresh(self, known: Mirrored, existing: set[str], now: datetime) -> str | None:
+    async def _refresh(self, known: Mirrored, existing: set[str], changes: Changes, now: datetime) -> str | None:
         """Bring a snapshot's facts to what its payments say, and return its user if that changed something."""
         facts = await self._facts(known.snapshot.subscription_id, known.snapshot.previous_billing_date)
         if facts == known.snapshot.facts:
             return None
         user_id = known.user_id if known.user_id in existing else None
-        new = self._dated(replace(known, snapshot=replace(known.snapshot, facts=facts), user_id=user_id), now)
-        await self._engine.fetch(_SQL["write_snapshot"], *new.parameters())
+        new = replace(known, snapshot=replace(known.snapshot, facts=facts), user_id=user_id)
+        changes.mirror(self._dated(new, now))
         return user_id
 
     async def _facts(self, subscription_id: str, previous: datetime | None) -> Facts:
@@ -342,9 +373,20 @@ class Applier:
             return set()
         return {row["id"] for row in await self._engine.fetch(_SQL["keep_users"], wanted)}
 
-    async def _project(self, user_ids: Iterable[str | None], now: datetime) -> None:
-        known = {user_id for user_id in user_ids if user_id is not None}
-        await project_users(self._engine, known, now, self._policy, self._is_heard)
+    async def _project(self, user_ids: Iterable[str], changes: Changes, now: datetime) -> None:
+        wanted = sorted(user_ids)
+        if wanted:
+            holdings = holdings_from_json(await self._engine.fetchval(_SQL["holdings"], wanted))
+            project_users(holdings, changes, now, self._policy, self._is_heard)
+
+
+def _users_in(reading: Reading) -> tuple[str | None, str | None, str | None]:
+    """Return the user that a subscription is linked to, the one it is to belong to, and why there is none."""
+    linked = reading.known.user_id if reading.known and reading.known.user_id in reading.kept else None
+    if len(reading.candidates) > 1:
+        return linked, None, "ambiguous_user"
+    target = next((id for id in reading.candidates if id in reading.kept), None)
+    return linked, target, None if target else "no_user"
 
 
 def _is_started(state: SubscriptionSnapshot) -> bool:

@@ -25,9 +25,14 @@ from kitrocket.errors import InvalidInputError, WebhookPayloadError
 from kitrocket.inputs import ID_MAX
 from kitrocket.models import StoredWebhook, WebhookOutcome
 from kitrocket.sql import statements
-from kitrocket.subscriptions.mirror import optional_to_db
+from kitrocket.subscriptions.changes import Changes
+from kitrocket.subscriptions.reading import Reading
 
 _SQL = statements("webhooks")
+
+#: The parameters of ``lock_for_snapshot``: subscription, customer, whether the event names a user, the user, the
+#: customer's address.
+Lock = tuple[str, str, bool, str | None, str | None]
 
 FINISHED = frozenset({"applied", "stale", "ignored"})
 
@@ -67,6 +72,8 @@ class Stored:
         self.subscription_id: str | None = row["subscription_id"]
         self.payload: str | None = row["payload"]
         self.hook_state: str = row["hook_state"]
+        locked: str | None = row.get("locked")
+        self.reading = None if locked is None else Reading.from_json(locked)
 
 
 def digest_of(text: str) -> str:
@@ -94,8 +101,11 @@ class Inbox:
         self._pause = pause
         self._is_heard = is_heard
 
-    async def store(self, delivery: Delivery, now: datetime) -> Stored:
-        """Store a delivery, or lock the event that was stored before under its id."""
+    async def store(self, delivery: Delivery, now: datetime, lock: Lock | None) -> Stored:
+        """Store a delivery, or lock the event that was stored before under its id.
+
+        For a new event ``lock`` is taken in the same message, after the inbox's row, and what it protects is read.
+        """
         event = delivery.event
         try:
             row = await self._engine.fetchrow(
@@ -108,6 +118,7 @@ class Inbox:
                 to_db(now),
                 digest_of(delivery.text),
                 delivery.text,
+                *(lock or (None,) * 5),
             )
         except InvalidInputError:
             # What our parser reads and PostgreSQL's does not. `from None`: the cause knows the body.
@@ -138,31 +149,38 @@ class Inbox:
         return None if row is None else Stored(row)
 
     async def settle(
-        self, stored: Stored, verdict: Verdict, now: datetime, *, hooks: bool = False, counted: bool = True
+        self,
+        stored: Stored,
+        verdict: Verdict,
+        now: datetime,
+        changes: Changes | None = None,
+        *,
+        hooks: bool = False,
+        counted: bool = True,
     ) -> None:
-        """Note what became of an event, and when to try an unfinished one again: with ``counted`` that was an attempt.
+        """Write what an event changes, what became of it, and when to try an unfinished one again.
 
-        A finished one is for the hooks that want it, once, or with ``hooks`` once more, in whichever process has them.
+        With ``counted`` that was an attempt. A finished one is for the hooks that want it, once, or with ``hooks`` once
+        more, in whichever process has them.
         """
         unfinished = verdict.state not in FINISHED
         attempts = stored.attempts + (unfinished and counted)
         due = now + self._pause(max(attempts, 1)) if unfinished and verdict.state != "dead" else None
         is_told = not unfinished and (hooks or (stored.hook_state == "none" and self._is_heard(stored.type)))
-        noted = await self._engine.fetchval(
-            _SQL["settle_event"],
-            stored.webhook_id,
-            verdict.state,
-            verdict.reason,
-            verdict.user_id,
-            verdict.customer_email,
-            attempts,
-            optional_to_db(due),
-            verdict.last_error,
-            None if unfinished else to_db(now),
-            to_db(now) if is_told else None,
-        )
-        if noted is None:
-            raise RuntimeError("an event vanished from the inbox while it was locked")
+        changes = changes or Changes()
+        changes.event = {
+            "webhook_id": stored.webhook_id,
+            "state": verdict.state,
+            "reason": verdict.reason,
+            "user_id": verdict.user_id,
+            "customer_email": verdict.customer_email,
+            "attempts": attempts,
+            "next_attempt_at": due,
+            "last_error": verdict.last_error,
+            "finished_at": None if unfinished else now,
+            "hook_next_at": now if is_told else None,
+        }
+        await changes.write(self._engine)
 
     async def to_retry(self, now: datetime) -> list[str]:
         """Return the ids of events that are due, or whose missing user or payment has appeared."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 
-from kitrocket.clock import to_db
 from kitrocket.dodo.projection import Snapshot
-from kitrocket.engine import Engine
 from kitrocket.ids import new_id
-from kitrocket.sql import statements
-
-_SQL = statements("subscriptions")
+from kitrocket.subscriptions.changes import Changes
+from kitrocket.subscriptions.reading import Holding
 
 
 def incidents_of(user_id: str, snapshots: Iterable[Snapshot]) -> dict[str, list[str]]:
@@ -33,36 +29,46 @@ def incidents_of(user_id: str, snapshots: Iterable[Snapshot]) -> dict[str, list[
     return found
 
 
-async def note_incidents(
-    engine: Engine,
-    user_id: str,
-    snapshots: Iterable[Snapshot],
-    known: set[str],
-    now: datetime,
-    is_heard: Callable[[str], bool],
+def note_incidents(
+    holdings: Sequence[Holding], changes: Changes, now: datetime, is_heard: Callable[[str], bool]
 ) -> None:
-    """Open and close a user's incidents; ``known`` are the open ones. The transaction holds the user's lock."""
-    wanted = incidents_of(user_id, snapshots)
-    for name in sorted(wanted.keys() - known):
-        kind, _, subject = name.partition(" ")
-        await open_incident(engine, kind, subject, user_id, {"subscriptions": wanted[name]}, now, is_heard)
-    for name in sorted(known - wanted.keys()):
-        kind, _, subject = name.partition(" ")
-        await engine.fetch(_SQL["close_incident"], kind, subject, to_db(now))
+    """Open and close the incidents of users, whose locks the transaction holds.
+
+    Of all of them at once: one that is over for a user may last for the user that the subscription moved to.
+    """
+    lasting: set[str] = set()
+    for holding in holdings:
+        wanted = incidents_of(holding.user_id, (item.snapshot for item in holding.snapshots.values()))
+        lasting |= wanted.keys()
+        for name in sorted(wanted.keys() - holding.incidents):
+            kind, _, subject = name.partition(" ")
+            open_incident(changes, kind, subject, holding.user_id, {"subscriptions": wanted[name]}, now, is_heard)
+    for holding in holdings:
+        for name in sorted(holding.incidents - lasting):
+            kind, _, subject = name.partition(" ")
+            changes.closed.append({"kind": kind, "subject": subject, "closed_at": now})
 
 
-async def open_incident(
-    engine: Engine,
+def open_incident(
+    changes: Changes,
     kind: str,
     subject: str,
     user_id: str | None,
     detail: Mapping[str, object],
     now: datetime,
     is_heard: Callable[[str], bool],
-) -> bool:
-    """Open an incident, and return whether none of its kind and subject was open. Hooks that want it are told."""
-    hooks = "pending" if is_heard(f"incident.{kind}") else "none"
-    id = await engine.fetchval(
-        _SQL["open_incident"], new_id(), kind, subject, user_id, to_db(now), json.dumps(detail), hooks
+) -> None:
+    """Open an incident; one that is open stays, and becomes the user's. Hooks that want a new one are told."""
+    is_told = is_heard(f"incident.{kind}")
+    changes.opened.append(
+        {
+            "id": new_id(),
+            "kind": kind,
+            "subject": subject,
+            "user_id": user_id,
+            "opened_at": now,
+            "detail": detail,
+            "hook_state": "pending" if is_told else "none",
+            "hook_next_at": now if is_told else None,
+        }
     )
-    return id is not None

@@ -16,6 +16,9 @@ from kitrocket.dodo.payments import Claim, Facts, Payment
 from kitrocket.dodo.projection import Snapshot
 from kitrocket.models import Difference
 
+#: A row of a statement, or one that came as JSON.
+Row = asyncpg.Record | Mapping[str, Any]
+
 _COMPARED = (
     "status",
     "created_at",
@@ -49,24 +52,16 @@ class Mirrored:
     version: int = 0
 
     @classmethod
-    def from_row(cls, row: asyncpg.Record) -> Mirrored:
+    def from_row(cls, row: Row) -> Mirrored:
         """Read a row of the table."""
         aware = _aware(row)
         snapshot = Snapshot(**_named(Snapshot, aware), facts=Facts(**_named(Facts, aware)))
         return cls(snapshot=snapshot, **_named(cls, aware))
 
-    def parameters(self) -> tuple[Any, ...]:
-        """Return the parameters of ``write_snapshot``, in the order of its columns."""
-        item, facts = self.snapshot, self.snapshot.facts
-        values = (
-            *(item.subscription_id, self.user_id, item.customer_id, self.product_id, item.plan, item.status),
-            *(item.created_at, item.previous_billing_date, item.next_billing_date, item.cancel_at_next_billing_date),
-            *(item.cancelled_at, item.expires_at, item.paused_at, item.past_due_ends_at, item.trial_period_days),
-            *(self.pending_plan, self.pending_plan_at, item.started, item.event_at, self.event_key, self.webhook_id),
-            *(self.fetched_at, self.needs_check, self.reproject_at, facts.revoked_at, facts.revoked_reason),
-            *(facts.dispute_open, facts.charged, facts.charge_failed, self.named_key),
-        )
-        return tuple(to_db(value) if isinstance(value, datetime) else value for value in values)
+    def columns(self) -> dict[str, Any]:
+        """Return the columns of the row, all but ``version``."""
+        columns = vars(self.snapshot) | vars(self.snapshot.facts) | vars(self)
+        return {name: value for name, value in columns.items() if name not in ("snapshot", "facts", "version")}
 
 
 def differences(
@@ -105,14 +100,14 @@ def _text(value: object) -> str | None:
     return None if value is None else value.isoformat() if isinstance(value, datetime) else str(value)
 
 
-def payment_from_row(row: asyncpg.Record) -> Payment:
+def payment_from_row(row: Row) -> Payment:
     """Read a row of ``kitrocket.dodo_payments``."""
     aware = _aware(row)
     return Payment(
         **_named(Payment, aware)
         | {
-            "subscription_ids": frozenset(json.loads(row["subscription_ids"])),
-            "service_periods": tuple(ServicePeriod.model_validate(item) for item in json.loads(row["service_periods"])),
+            "subscription_ids": frozenset(_loaded(row["subscription_ids"])),
+            "service_periods": tuple(ServicePeriod.model_validate(item) for item in _loaded(row["service_periods"])),
             "refunds": _claims(row["refunds"]),
             "disputes": _claims(row["disputes"]),
         }
@@ -142,9 +137,15 @@ def optional_to_db(instant: datetime | None) -> datetime | None:
     return None if instant is None else to_db(instant)
 
 
-def _claims(text: str) -> dict[str, Claim]:
-    stored = json.loads(text)
-    return {id: Claim(item["amount"], item["status"], parse_instant(item["at"])) for id, item in stored.items()}
+def _claims(stored: Any) -> dict[str, Claim]:
+    return {
+        id: Claim(item["amount"], item["status"], parse_instant(item["at"])) for id, item in _loaded(stored).items()
+    }
+
+
+def _loaded(value: Any) -> Any:
+    """Return a value of JSON, which is text in a row of its own and a part of a row that came as JSON."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def _claims_text(claims: Mapping[str, Claim]) -> str:
@@ -156,7 +157,7 @@ def _claims_text(claims: Mapping[str, Claim]) -> str:
     )
 
 
-def _aware(row: asyncpg.Record) -> dict[str, Any]:
+def _aware(row: Row) -> dict[str, Any]:
     return {name: from_db(value) if isinstance(value, datetime) else value for name, value in row.items()}
 
 

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from itertools import groupby
 from typing import Any
 
 import asyncpg
 
-from kitrocket.clock import from_db, to_db
+from kitrocket.clock import from_db
 from kitrocket.dodo.projection import LIVE, Policy, Projection, project
-from kitrocket.engine import Engine
 from kitrocket.ids import new_id
 from kitrocket.models import Subscription
-from kitrocket.sql import statements
+from kitrocket.subscriptions.changes import Changes
 from kitrocket.subscriptions.incidents import note_incidents
-from kitrocket.subscriptions.mirror import Mirrored, optional_to_db
-
-_SQL = statements("subscriptions")
-_COLUMNS = (
-    "plan",
-    "status",
-    "dodo_customer_id",
-    "dodo_subscription_id",
-    "current_period_end",
-    "created_at",
-    "updated_at",
-)
+from kitrocket.subscriptions.reading import Holding
 
 
 def subscription_from_row(row: asyncpg.Record) -> Subscription:
@@ -46,61 +33,40 @@ def subscription_from_row(row: asyncpg.Record) -> Subscription:
     )
 
 
-async def project_users(
-    engine: Engine, user_ids: Iterable[str], now: datetime, policy: Policy, is_heard: Callable[[str], bool]
+def project_users(
+    holdings: Sequence[Holding], changes: Changes, now: datetime, policy: Policy, is_heard: Callable[[str], bool]
 ) -> None:
-    """Bring the rows of users, whose locks this transaction holds, to what their snapshots mean at ``now``.
+    """Add to ``changes`` what brings the rows of users, whose locks the transaction holds, to their snapshots' meaning.
+
+    That is their meaning at ``now``, of the snapshots in ``changes`` before those in the mirror.
 
     ``is_heard`` says whether a hook wants incidents of a type.
     """
-    wanted = sorted(user_ids)
-    if not wanted:
-        return
-    found = await engine.fetch(_SQL["holdings"], wanted)
-    for user_id, group in groupby(found, key=lambda row: row["owner_id"]):
-        held = list(group)
-        snapshots = {row["subscription_id"]: Mirrored.from_row(row).snapshot for row in held if row["subscription_id"]}
-        await _write(engine, user_id, held, project(snapshots.values(), now, policy))
-        await note_incidents(engine, user_id, snapshots.values(), set(held[0]["incidents"]), now, is_heard)
+    holdings = [holding.after(changes.snapshots) for holding in holdings]
+    for holding in holdings:
+        snapshots = (item.snapshot for item in holding.snapshots.values())
+        _change_row(holding, project(snapshots, now, policy), changes)
+    note_incidents(holdings, changes, now, is_heard)
 
 
-async def _write(engine: Engine, user_id: str, held: Sequence[asyncpg.Record], projection: Projection | None) -> None:
-    ours = _ours([row for row in held if row["row_id"] is not None], projection)
+def _change_row(holding: Holding, projection: Projection | None, changes: Changes) -> None:
+    ours = _ours(holding.rows, projection)
     if projection is None:
-        if ours is not None:
-            await _touch_one(engine, "delete_row", ours["row_id"], user_id)
+        changes.gone += [] if ours is None else [ours["id"]]
         return
-    columns = _columns(projection)
-    if ours is None:
-        await _touch_one(engine, "insert_row", new_id(), user_id, *columns)
-    elif tuple(ours[f"row_{name}"] for name in _COLUMNS) != columns:
-        await _touch_one(engine, "update_row", ours["row_id"], user_id, *columns)
+    columns = projection._asdict()
+    if ours is None or any(ours[name] != value for name, value in columns.items()):
+        id = new_id() if ours is None else ours["id"]
+        changes.rows.append({"id": id, "user_id": holding.user_id, **columns})
 
 
-def _ours(rows: Sequence[asyncpg.Record], projection: Projection | None) -> asyncpg.Record | None:
+def _ours(rows: Sequence[Mapping[str, Any]], projection: Projection | None) -> Mapping[str, Any] | None:
     """Choose the row to write from a user's, the one that counts first; ``None``: a new one.
 
     A live result takes the live row, whoever wrote it, since there can only be one; else the mirror's own.
     """
     if projection is not None and projection.status in LIVE:
-        live = next((row for row in rows if row["row_status"] in LIVE), None)
+        live = next((row for row in rows if row["status"] in LIVE), None)
         if live is not None:
             return live
-    return next((row for row in rows if row["row_known"]), None)
-
-
-def _columns(projection: Projection) -> tuple[Any, ...]:
-    return (
-        projection.plan,
-        projection.status,
-        projection.dodo_customer_id,
-        projection.dodo_subscription_id,
-        optional_to_db(projection.current_period_end),
-        to_db(projection.created_at),
-        to_db(projection.updated_at),
-    )
-
-
-async def _touch_one(engine: Engine, statement: str, *parameters: Any) -> None:
-    if await engine.fetchval(_SQL[statement], *parameters) is None:
-        raise RuntimeError(f"{statement} touched no row of `subscriptions`")
+    return next((row for row in rows if row["is_known"]), None)

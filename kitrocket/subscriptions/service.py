@@ -42,6 +42,7 @@ from kitrocket.models import (
 )
 from kitrocket.sql import statements
 from kitrocket.subscriptions.applying import Applier
+from kitrocket.subscriptions.changes import Changes
 from kitrocket.subscriptions.hooks import H, Hooks
 from kitrocket.subscriptions.inbox import FINISHED, Inbox, Stored, Verdict, digest_of, pause_after
 from kitrocket.subscriptions.mirror import Mirrored
@@ -403,15 +404,19 @@ class SubscriptionService:
 
     async def _store_and_apply(self, delivery: Delivery, now: datetime, *, guarded: bool) -> WebhookOutcome:
         async with self._transaction():
-            stored = await self._inbox.store(delivery, now)
+            # Under a guard locks and reads belong into the savepoint too.
+            lock = None if guarded else self._applier.lock_of(delivery.event.content)
+            stored = await self._inbox.store(delivery, now, lock)
             verdict = None
             if stored.state not in FINISHED:
                 event = delivery.event if stored.payload is None else read_event(stored.payload)
+                changes = Changes()
                 if guarded:
                     verdict = await self._apply(event, stored, now)
                 else:
-                    verdict = await self._applier.apply(event, stored.webhook_id, now)
-                await self._inbox.settle(stored, verdict, now)
+                    id, reading = stored.webhook_id, stored.reading
+                    verdict = await self._applier.apply(event, id, now, changes, reading=reading)
+                await self._inbox.settle(stored, verdict, now, changes)
             if stored.body_sha256 != digest_of(delivery.text) and stored.subscription_id is not None:
                 await self._applier.flag(stored.subscription_id)
         if verdict is None or (not stored.is_new and verdict.state not in FINISHED):
@@ -453,7 +458,10 @@ class SubscriptionService:
         """Apply an event in a savepoint, so that one that fails for a reason of its own is still stored."""
         try:
             async with self._engine.transaction():
-                return await self._applier.apply(event, stored.webhook_id, now, again=again)
+                changes = Changes()
+                verdict = await self._applier.apply(event, stored.webhook_id, now, changes, again=again)
+                await changes.write(self._engine)
+                return verdict
         except Exception as error:
             if _is_transient(error):
                 raise

@@ -16,8 +16,8 @@ from kitrocket.dodo.payments import Facts
 from kitrocket.dodo.projection import Snapshot
 from kitrocket.engine import Engine
 from kitrocket.errors import InvalidInputError
-from kitrocket.sql import statements
 from kitrocket.subscriptions import SubscriptionService
+from kitrocket.subscriptions.changes import Changes
 from kitrocket.subscriptions.mirror import Mirrored
 from kitrocket.testing import ManualClock
 
@@ -83,7 +83,7 @@ def cases() -> Iterator[Snapshot]:
 async def put(engine: Engine, *items: Mirrored) -> None:
     async with engine.transaction():
         for item in items:
-            await engine.fetch(statements("subscriptions")["write_snapshot"], *item.parameters())
+            await Changes({item.snapshot.subscription_id: item}).write(engine)
 
 
 async def agree(engine: Engine, clock: ManualClock, user_ids: list[str]) -> list[str]:

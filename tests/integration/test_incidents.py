@@ -70,3 +70,18 @@ async def test_a_subscription_that_moves_takes_its_incident_along(desk: Desk) ->
     assert await desk.deliver(moved) == "applied"
     assert await incidents(desk) == [("double_billing", USER, USER, False)]
     assert {row["user_id"] for row in await desk.rows()} == {USER, "other"}
+
+
+@pytest.mark.parametrize("other", ["aaa", "zzz"])
+async def test_an_incident_follows_its_subscription_to_whichever_user_it_moves(desk: Desk, other: str) -> None:
+    await with_user(desk)
+    assert (other < USER) == (other == "aaa")
+    await desk.engine.fetch("INSERT INTO users (id, email, name) VALUES ($1, 'o@example.com', 'O')", other)
+    desk.clock.now = at("2026-03-21")
+    for step in (PAYLOADS["02"], PAYLOADS["06"], refund("ref_1", None, "2026-03-18T00:00:00Z")):
+        await desk.deliver(step)
+    assert await incidents(desk) == [("still_billing", SUBSCRIPTION, USER, True)]
+    assert await desk.deliver(event("02", timestamp="2026-03-19T00:00:00Z", metadata={"user_id": other})) == "applied"
+    assert await incidents(desk) == [("still_billing", SUBSCRIPTION, other, True)]
+    await desk.deliver(event("02", status="cancelled", timestamp="2026-03-20T00:00:00Z", metadata={"user_id": other}))
+    assert await incidents(desk) == [("still_billing", SUBSCRIPTION, other, False)]
