@@ -31,6 +31,8 @@ _ONE, _MANY, _LOOK_UP = _SQL["validate"], _SQL["validate_many"], _SQL["look_up"]
 _LANES = 2
 #: The most callers that one statement answers.
 _BATCH = 256
+#: How many callers a lane answers before it leaves some for the other.
+_SHARE_MIN = 4
 #: How long a caller waits for a database that is away, all in all: someone waits for a page. On the held connections a
 #: statement that takes twice as long is cut off.
 _DEADLINE = timedelta(seconds=5)
@@ -72,6 +74,8 @@ class Validator:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._free: list[HeldConnection] = []
         self._waiting: deque[_Caller] = deque()
+        #: How many callers the statements in flight are for.
+        self._asked = 0
         self._idle = anyio.Event()
 
     async def find(self, forms: Sequence[str], now: datetime) -> asyncpg.Record | None:
@@ -85,9 +89,11 @@ class Validator:
         if not self._free:
             return await self._queue(_Caller(forms, now))
         lane = self._free.pop()
+        self._asked += 1
         try:
             return await self._ask(lane, forms, now)
         finally:
+            self._asked -= 1
             self._pass_on(lane)
 
     async def look_up(self, forms: Sequence[str], now: datetime, *, node: str | None) -> asyncpg.Record | None:
@@ -167,24 +173,32 @@ class Validator:
                 await self._lead(caller.lane, caller)
         finally:
             if caller.lane is not None:
-                self._pass_on(caller.lane)
+                # Those whom the batch answered may ask again at once: they run first, and go together.
+                asyncio.get_running_loop().call_soon(self._pass_on, caller.lane)
         if isinstance(caller.answer, Exception):
             raise caller.answer
         return caller.answer
 
     async def _lead(self, lane: HeldConnection, leader: _Caller) -> None:
-        """Run one statement for ``leader`` and for all who wait."""
+        """Run one statement for ``leader`` and for those who wait: this lane's share of all who want an answer.
+
+        Without the share one lane answers a crowd each time, and the other the same caller again and again.
+        """
         batch = [leader]
-        while self._waiting and len(batch) < _BATCH:
+        share = min(_BATCH, max(_SHARE_MIN, (1 + len(self._waiting) + self._asked) // _LANES))
+        while self._waiting and len(batch) < share:
             caller = self._waiting.popleft()
             if not caller.woken.done():
                 batch.append(caller)
+        self._asked += len(batch)
         try:
             await self._answer(lane, batch)
         except BaseException:
             # The leader was cancelled; the others were not, and the next of them leads.
             self._waiting.extendleft(reversed(batch[1:]))
             raise
+        finally:
+            self._asked -= len(batch)
 
     async def _answer(self, lane: HeldConnection, batch: list[_Caller]) -> None:
         try:

@@ -215,6 +215,24 @@ async def test_a_batch_of_the_sweep_does_not_read_what_the_batches_before_it_kil
         await transaction.rollback()
 
 
+@pytest.mark.parametrize("count", [1, 2, 30])
+async def test_validating_is_planned_once_however_many_ask_first(full: asyncpg.Connection, count: int) -> None:
+    """PostgreSQL plans five calls anew, then each one, if a plan for these looks cheaper than one for all."""
+    tokens = [f"t{number}" for number in range(1, count + 1)]
+    for name, arguments in (
+        ("validate_many", (tokens, [NOW] * count, WEEK, DAY, 4 * WEEK)),
+        ("look_up", (tokens, NOW, WEEK, 4 * WEEK)),
+        ("validate", ("t1", NOW, WEEK, DAY, 4 * WEEK)),
+    ):
+        statement = await full.prepare(statements("sessions")[name])
+        for _ in range(8):
+            await statement.fetch(*arguments)
+        plans = "SELECT generic_plans FROM pg_prepared_statements WHERE name = $1"
+        assert await full.fetchval(plans, statement.get_name()) == 3, name
+        plan = await plan_of(full, statements("sessions")[name], *arguments)
+        assert [node for node in plan if node["Node Type"] == "Seq Scan"] == []
+
+
 BY_HAND = [
     ("SELECT FROM accounts WHERE provider = 'credential' AND provider_account_id = '7'",
      "accounts_provider_provider_account_id_idx"),

@@ -717,3 +717,26 @@ async def test_it_works_without_named_statements(server: Server, database: str, 
         async with service.coalescing():
             found = await validate_all(service, [each.token for each in issued] * 2)
         assert [each and each.session for each in found] == [each.session for each in issued] * 2
+
+
+async def test_two_lanes_share_a_crowd(engine: Engine, clock: ManualClock) -> None:
+    """A lane that answered a crowd waits for them to ask again, and leaves the other lane its half."""
+    service = SessionService(engine, clock=clock)
+    issued = await service.create(await make_user(engine))
+    rounds, callers = 30, 16
+
+    async def ask(times: int) -> None:
+        for _ in range(times):
+            assert await service.validate(issued.token) is not None
+
+    async with service.coalescing():
+        lanes = list(service._validator._free)
+        begun = []
+        for times in (1, rounds):  # the lanes connect in the first
+            async with anyio.create_task_group() as group:
+                for _ in range(callers):
+                    group.start_soon(ask, times)
+            begun.append(sum(lane._begun for lane in lanes))
+    statements_run = begun[1] - begun[0]
+    # About eight at a time. Where one lane has all of them, and the other the same caller again, it is twice as many.
+    assert statements_run < 1.75 * rounds * callers / 8
