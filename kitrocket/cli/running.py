@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import anyio
@@ -57,7 +58,26 @@ async def opened(*, migrated: bool = True) -> AsyncIterator[KitRocket]:
             await migrate(kit.engine, report=remarks.print)
         elif migrated:
             await check(kit.engine)
-        yield kit
+        with _logged():
+            yield kit
+
+
+class _Lines(logging.Handler):
+    """What is logged, in the first line of each record: where in the code it failed is for the log of a server."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        remarks.print(record.getMessage().partition("\n")[0])
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    handler = _Lines(logging.WARNING)
+    logger = logging.getLogger("kitrocket")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def say_where(kit: KitRocket) -> None:

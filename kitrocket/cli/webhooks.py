@@ -12,6 +12,7 @@ from rich.table import Table
 from kitrocket.cli.progress import progress
 from kitrocket.cli.running import opened, out, remarks, run, show_table
 from kitrocket.errors import KitRocketError, WebhookNotFoundError
+from kitrocket.models import StoredWebhook
 
 app = typer.Typer(no_args_is_help=True, help="Webhooks.")
 
@@ -43,10 +44,14 @@ def list_(
         for one in found:
             table.add_row(
                 _stamp(one.received_at),
-                *(one.webhook_id, one.type, one.state, one.reason or "", str(one.attempts), one.hook_state),
+                *(one.webhook_id, one.type, one.state, _why(one), str(one.attempts), one.hook_state),
                 one.user_id or "",
             )
         show_table(table)
+        if not found:
+            remarks.print("none")
+        elif len(found) == limit:
+            remarks.print(f"the newest {limit:,}; there may be more: --limit")
 
     run(work)
 
@@ -74,8 +79,10 @@ def retry() -> None:
         async with opened() as kit:
             with progress("trying again", None) as show:
                 result = await kit.subscriptions.retry_parked(on_progress=show)
+        waiting = result.tried - result.finished - result.dead
         out.print(
-            f"Tried {result.tried:,} event(s): {result.finished:,} finished, {result.dead:,} given up. "
+            f"Tried {result.tried:,} event(s): {result.finished:,} finished, {waiting:,} still waiting, "
+            f"{result.dead:,} given up. "
             f"{result.reprojected:,} subscription(s) brought up to date, {result.purged:,} payload(s) purged."
         )
 
@@ -105,10 +112,12 @@ def replay(
                     try:
                         outcome = (await kit.subscriptions.replay(webhook_id, hooks=hooks)).outcome
                     except KitRocketError as error:
-                        remarks.print(f"{webhook_id}: {error}")
+                        remarks.print(str(error))
                         failed = True
                     else:
                         counts[outcome] = counts.get(outcome, 0) + 1
+                        if outcome == "parked" and (one := await kit.subscriptions.get_webhook(webhook_id)):
+                            remarks.print(f"{webhook_id} is still {one.state}: {_why(one)}")
                     show(number)
         told = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(counts.items())) or "nothing"
         out.print(f"Replayed: {told}.")
@@ -135,7 +144,8 @@ def reconcile(
         if result.differences:
             table = Table("subscription", "field", "here", "DodoPayments", box=None)
             for one in result.differences:
-                table.add_row(one.subscription_id, one.field, one.ours or "", one.theirs or "")
+                missing = "(unknown)" if one.field == "subscription_id" else ""
+                table.add_row(one.subscription_id, one.field, one.ours or missing, one.theirs or missing)
             show_table(table)
         differing = len({one.subscription_id for one in result.differences}) - result.gone
         changed = f"{differing:,} would be changed" if dry_run else f"{result.changed:,} changed"
@@ -148,6 +158,11 @@ def reconcile(
 
     if run(work):
         sys.exit(1)
+
+
+def _why(one: StoredWebhook) -> str:
+    """Say why a delivery could not be applied, if so."""
+    return one.reason or one.last_error or ""
 
 
 def _stamp(instant: datetime) -> str:

@@ -35,6 +35,9 @@ _SQL = statements("webhooks")
 Lock = tuple[str, str, bool, str | None, str | None]
 
 FINISHED = frozenset({"applied", "stale", "ignored"})
+STATES = (*sorted(FINISHED), "received", "parked", "dead")
+HOOK_STATES = ("none", "pending", "done", "dead")
+REASONS = ("no_user", "ambiguous_user", "unknown_product", "unknown_status", "unknown_payment", "unreadable")
 
 #: How many payloads one statement takes out, at most.
 _PURGED_AT_ONCE = 1000

@@ -24,6 +24,7 @@ from kitrocket.engine import Engine, Fault, Transaction, fault_of
 from kitrocket.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
+    InvalidInputError,
     MissingExtraError,
     ProviderError,
     SubscriptionConflictError,
@@ -44,7 +45,17 @@ from kitrocket.sql import statements
 from kitrocket.subscriptions.applying import Applier
 from kitrocket.subscriptions.changes import Changes
 from kitrocket.subscriptions.hooks import H, Hooks
-from kitrocket.subscriptions.inbox import FINISHED, Inbox, Stored, Verdict, digest_of, pause_after
+from kitrocket.subscriptions.inbox import (
+    FINISHED,
+    HOOK_STATES,
+    REASONS,
+    STATES,
+    Inbox,
+    Stored,
+    Verdict,
+    digest_of,
+    pause_after,
+)
 from kitrocket.subscriptions.mirror import Mirrored
 from kitrocket.subscriptions.reconciling import Reconciliation
 from kitrocket.subscriptions.rows import subscription_from_row
@@ -362,9 +373,14 @@ class SubscriptionService:
 
         Raises :class:`InvalidInputError`.
         """
-        for field, names in (("states", states), ("reasons", reasons), ("hook_states", hook_states)):
+        for field, names, known in (
+            ("states", states, STATES),
+            ("reasons", reasons, REASONS),
+            ("hook_states", hook_states, HOOK_STATES),
+        ):
             for name in names or ():
-                inputs.identifier(field, name)
+                if name not in known:
+                    raise InvalidInputError(field, "there is no such one", f"some of {', '.join(known)}")
         for field, id in (("subscription_id", subscription_id), ("user_id", user_id)):
             if id is not None:
                 inputs.identifier(field, id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 
 import anyio
 import anyio.to_thread
@@ -11,8 +12,10 @@ import pytest
 
 from delivering import PAYLOADS, SUBSCRIPTION, USER, Desk, event, with_user
 from dodo_server import DodoServer
+from factories import make_user
 from kitrocket.cli import main
 from kitrocket.engine import Engine
+from kitrocket.models import BillingEvent
 from kitrocket.testing import ManualClock
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
@@ -89,6 +92,50 @@ async def test_someone_on_call_sees_and_repairs_everything(
     assert (await webhooks("replay"))[0] == 2
 
 
+async def test_what_still_fails_says_why_in_a_line_and_a_dead_hook_is_told_again(
+    engine: Engine, clock: ManualClock, webhooks: Webhooks
+) -> None:
+    desk = await with_user(Desk(engine, clock))
+    desk.service = desk.open(max_attempts=1)
+
+    @desk.service.on("subscription.renewed")
+    async def fails(_event: BillingEvent) -> None:
+        raise ValueError
+
+    await desk.deliver(PAYLOADS["02"], "msg_told")
+    await desk.service.run_hooks()
+    code, out, _ = await webhooks("list", "--hooks", "dead")
+    assert (code, "msg_told" in out) == (0, True)
+    await engine.fetch("ALTER TABLE subscriptions ADD CONSTRAINT no_pro CHECK (plan <> 'pro')")
+    await make_user(engine, id="user_2")
+    pro = event("02", subscription_id="sub_pro", product_id="pdt_pro_m_8Kd2", metadata={"user_id": "user_2"})
+    await desk.deliver(pro, "msg_failed")
+    await desk.deliver(event("02", subscription_id="sub_dead", metadata={"user_id": "user_3"}), "msg_dead")
+    clock.advance(timedelta(minutes=2))
+    await desk.service.retry_parked()
+
+    code, out, error = await webhooks("replay", "--state", "dead")
+    assert (code, out) == (0, "Replayed: 2 parked.\n")
+    assert "msg_failed is still dead: CheckViolationError 23514" in error
+    assert "msg_dead is still dead: no_user" in error
+    assert "File " not in error
+    code, out, _ = await webhooks("list", "--state", "dead")
+    assert (code, out.count("CheckViolationError 23514"), out.count("no_user")) == (0, 1, 1)
+
+    code, _, _ = await webhooks("replay", "msg_told", "--hooks")
+    assert (
+        code,
+        await engine.fetchval("SELECT hook_state FROM kitrocket.webhook_events WHERE webhook_id = $1", "msg_told"),
+    ) == (0, "pending")
+    code, out, error = await webhooks("list", "--state", "deadd")
+    assert (code, out) == (1, "")
+    assert "received, parked, dead" in error
+    await engine.fetch("UPDATE kitrocket.webhook_events SET payload = NULL")
+    code, out, error = await webhooks("replay", "msg_told", "msg_nowhere")
+    assert (code, out) == (1, "Replayed: nothing.\n")
+    assert "the payload of webhook 'msg_told' is no longer kept" in error
+
+
 async def test_what_was_missed_is_shown_and_then_taken_over(
     engine: Engine, clock: ManualClock, dodo: DodoServer, webhooks: Webhooks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,8 +162,8 @@ async def test_what_was_missed_is_shown_and_then_taken_over(
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["subscription", "field", "here", "DodoPayments"]
     assert [SUBSCRIPTION, "previous_billing_date"] in [line[:2] for line in lines]
-    assert ["sub_missed", "subscription_id", "sub_missed"] in lines
-    assert ["sub_gone", "subscription_id", "sub_gone"] in lines
+    assert ["sub_missed", "subscription_id", "(unknown)", "sub_missed"] in lines
+    assert ["sub_gone", "subscription_id", "sub_gone", "(unknown)"] in lines
     assert out.splitlines()[-1] == (
         "Compared 3 subscription(s) in 5 request(s): 2 would be changed, 0 outrun by a webhook,"
         " 1 unknown to DodoPayments, 1 failed."
