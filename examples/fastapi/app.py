@@ -1,16 +1,21 @@
-"""Sign up, in and out, and webhooks, with FastAPI: `uvicorn app:app` in this folder.
+"""Sign up, in and out, webhooks and a metered stream, with FastAPI: `uvicorn app:app` in this folder.
 
 Over plain http, as on your own machine, set KITROCKET_SESSION_COOKIE_SECURE=0.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import itertools
+import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from datetime import timedelta
 
+import anyio
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
-from kitrocket import EmailTakenError, InvalidInputError, KitRocket, Session, User
+from kitrocket import EmailTakenError, InvalidInputError, KitRocket, QuotaExceededError, Session, User
 from kitrocket.integrations.fastapi import (
     CurrentSession,
     CurrentUser,
@@ -102,3 +107,52 @@ async def sign_out(visit: CurrentVisit) -> None:
 async def delete(session: FreshSession, visit: CurrentVisit) -> None:
     await visit.sign_out()
     await kit.users.delete(session.user_id)
+
+
+# -- an answer that is streamed, and counted while it is ----------------------------------------------------------
+
+#: How long the tokens of an answer stay reserved after this process died.
+TTL = timedelta(seconds=float(os.environ.get("CHAT_TTL", "60")))
+
+
+class Prompt(BaseModel):
+    prompt: str
+
+
+@app.exception_handler(QuotaExceededError)
+async def too_many(_request: Request, error: QuotaExceededError) -> JSONResponse:
+    wait = error.decision.retry_after
+    return JSONResponse({"detail": str(error)}, 429, {} if wait is None else {"Retry-After": str(wait)})
+
+
+async def echo(prompt: str) -> AsyncIterator[str]:
+    """In the place of an AI provider: the prompt again and again, a word at a time."""
+    for word in itertools.islice(itertools.cycle(prompt.split()), 1000):
+        await anyio.sleep(0.02)
+        yield f"{word} "
+
+
+async def metered(user_id: str, prompt: str) -> AsyncGenerator[str, None]:
+    async with kit.usage.meter(user_id, model="echo-1", reserve=1000, limit=1800, ttl=TTL) as meter:
+        yield ""
+        async for word in meter.stream(echo(prompt), tokens=lambda _word: 1):
+            yield word
+
+
+class Answer(StreamingResponse):
+    """Closes its words whatever happens, so that they are counted when the client has gone."""
+
+    def __init__(self, words: AsyncGenerator[str, None]) -> None:
+        super().__init__(words, media_type="text/plain")
+        self.words = words
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.words):
+            await super().__call__(scope, receive, send)
+
+
+@app.post("/chat")
+async def chat(question: Prompt, user: CurrentUser) -> StreamingResponse:
+    words = metered(user.id, question.prompt)
+    await anext(words)  # the tokens are reserved here, where a refusal can still be a 429
+    return Answer(words)

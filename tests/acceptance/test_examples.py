@@ -23,6 +23,7 @@ from kitrocket.engine import Engine
 from kitrocket.kit import KitRocket
 from kitrocket.settings import Settings
 from kitrocket.testing import sign_webhook
+from kitrocket.usage import UsageService
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
 
@@ -36,6 +37,13 @@ SECRET = "a secret of both sides of thirty-two bytes and more"
 @asynccontextmanager
 async def example(name: str, url: str, **environment: str) -> AsyncIterator[str]:
     """Run an example under uvicorn until the block is left; the value is its address."""
+    async with started(name, url, **environment) as (address, _):
+        yield address
+
+
+@asynccontextmanager
+async def started(name: str, url: str, **environment: str) -> AsyncIterator[tuple[str, subprocess.Popen[str]]]:
+    """The same, with its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,7 +64,7 @@ async def example(name: str, url: str, **environment: str) -> AsyncIterator[str]
                 while "Uvicorn running" not in line:
                     line = await anyio.to_thread.run_sync(running.stderr.readline, abandon_on_cancel=True)
                     assert line, "the example did not start"
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", running
         finally:
             running.terminate()
             try:
@@ -228,3 +236,45 @@ async def unfinished(address: str, header: str, sent: bytes) -> bytes:
         await stream.send(f"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode() + sent)
         with anyio.fail_after(4):
             return (await stream.receive()).split(b" ")[1]
+
+
+async def test_a_metered_stream_counts_what_came_before_its_client_or_its_process_went(
+    engine: Engine, database_url: str
+) -> None:
+    usage = UsageService(engine)
+    async with started("fastapi", database_url, CHAT_TTL="2") as (address, process), browser(address) as client:
+        user_id = (await client.post("/sign-up", json=ADA)).json()["id"]
+        async with client.stream("POST", "/chat", json={"prompt": "never trust a count"}) as answer:
+            words = answer.aiter_text()
+            text = "".join([await anext(words) for _ in range(5)])
+            assert text.startswith("never trust a")
+            assert await held(engine) == 1000
+            refused = await client.post("/chat", json={"prompt": "more"})
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) in (1, 2)
+        with anyio.fail_after(20):
+            while await held(engine):
+                await anyio.sleep(0.02)
+        streamed = await usage.total(user_id)
+        assert len(text.split()) <= streamed < 1000
+
+        async with client.stream("POST", "/chat", json={"prompt": "never trust a count"}) as answer:
+            words = answer.aiter_text()
+            await anext(words)
+            with anyio.fail_after(20):
+                while not await engine.fetchval("SELECT max(used) FROM kitrocket.usage_reservations"):
+                    await anyio.sleep(0.02)
+            process.kill()
+            process.wait()
+    renewed = await engine.fetchval("SELECT used FROM kitrocket.usage_reservations")
+    assert renewed > 0
+    assert await usage.total(user_id) == streamed
+    with anyio.fail_after(20):
+        while not (await usage.expire_reservations()).recorded:
+            await anyio.sleep(0.05)
+    assert await usage.total(user_id) == streamed + renewed
+    assert await held(engine) == 0
+
+
+async def held(engine: Engine) -> int:
+    return int(await engine.fetchval("SELECT coalesce(sum(tokens), 0) FROM kitrocket.usage_reservations"))
