@@ -5,7 +5,7 @@
 A kit whose queue holds 10,000 calls records through a proxy. The proxy stops passing anything on, as when PostgreSQL
 hangs, while callers keep coming: each waits for its answer, and gives up after two seconds as an impatient client does.
 Every second this prints how many calls the queue holds, how many callers wait, and the memory that Python has allocated
-since the beginning (tracemalloc) and the whole process takes (RSS). Then the proxy goes on, and all must be answered.
+since the beginning (tracemalloc) and the whole process takes (RSS). Then the proxy goes on, and so do new calls.
 
 It exits with 1 when the queue exceeds its size, or when memory grows by more than a tenth in the second half of the
 stall.

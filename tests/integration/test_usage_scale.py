@@ -118,7 +118,8 @@ async def the_rollup_comes_to_a_table_in_use(loaded: str) -> None:
         async def state() -> Any:
             if await engine.fetchval("SELECT to_regclass('kitrocket.usage_state')") is None:
                 return NOW.date() + DAY
-            return (await engine.fetch(complete_from))[0]["rollup_from"]
+            row = await engine.fetchrow(complete_from)
+            return NOW.date() + DAY if row is None else row["rollup_from"]
 
         began = time.perf_counter()
         traffic = await beside(UsageService(engine, rollup=False), work, callers=4, every=0.02)
