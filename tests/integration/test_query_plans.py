@@ -233,6 +233,28 @@ async def test_validating_is_planned_once_however_many_ask_first(full: asyncpg.C
         assert [node for node in plan if node["Node Type"] == "Seq Scan"] == []
 
 
+async def test_a_page_of_very_many_sessions_is_sorted_in_the_memory_of_a_page(full: asyncpg.Connection) -> None:
+    """No index has this order, so every session of the user is read, but no more than a page is kept and sent."""
+    transaction = full.transaction()
+    await transaction.start()
+    try:
+        await full.execute(
+            "INSERT INTO sessions (id, user_id, token, expires_at, user_agent, created_at)"
+            " SELECT 'many' || n, 'u7', 'many' || n, timestamp '2026-03-20' + n * interval '1 s', repeat('x', 200),"
+            " timestamp '2026-02-25' + n * interval '1 s' FROM generate_series(1, 4000) n"
+        )
+        sql = f"EXPLAIN (ANALYZE, FORMAT JSON) {statements('sessions')['list']}"
+        found = json.loads(await full.fetchval(sql, "u7", NOW, WEEK, None, [], 50, None, None))[0]["Plan"]
+        plan = list(nodes(found))
+    finally:
+        await transaction.rollback()
+    assert {node["Relation Name"] for node in plan if node["Node Type"] == "Seq Scan"} == set()
+    sorts = [node for node in plan if node["Node Type"] == "Sort"]
+    assert {node["Sort Method"] for node in sorts} <= {"top-N heapsort", "quicksort"}
+    assert max(node["Sort Space Used"] for node in sorts) < 200  # kB, of which the rows have a thousand
+    assert found["Actual Rows"] == 50
+
+
 BY_HAND = [
     ("SELECT FROM accounts WHERE provider = 'credential' AND provider_account_id = '7'",
      "accounts_provider_provider_account_id_idx"),
