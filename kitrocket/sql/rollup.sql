@@ -156,12 +156,13 @@ WHERE isfinite(day)
 ORDER BY day;
 
 -- name: count_before
--- Count the single calls of the days before another one.
+-- Count the single calls of the days before another one, but those that are still to be sent to the provider.
 -- $1 the day.
 SELECT count(*) AS calls
 FROM usage
 WHERE isfinite(created_at)
-  AND created_at < $1::date;
+  AND created_at < $1::date
+  AND NOT EXISTS (SELECT FROM kitrocket.usage_outbox AS outbox WHERE outbox.usage_id = usage.id);
 
 -- name: begin_pruning
 -- Keep the trigger from subtracting what this transaction deletes, and this transaction from waiting long.

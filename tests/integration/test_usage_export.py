@@ -378,6 +378,7 @@ async def test_pruning_leaves_what_is_still_to_be_sent(desk: Desk) -> None:
     await desk.engine.fetch("DELETE FROM kitrocket.usage_outbox WHERE usage_id = 'sent'")
     desk.clock.advance(timedelta(days=40))
     usage = desk.open()
+    assert await usage.count_prunable(desk.clock() - timedelta(days=5)) == 1
     assert (await usage.prune(desk.clock() - timedelta(days=5))).deleted == 1
     assert (await usage.export()).sent == 1
     assert (await usage.prune(desk.clock() - timedelta(days=5))).deleted == 1

@@ -136,6 +136,35 @@ async def test_a_listener_that_is_killed_listens_again_and_misses_nothing(
 
 
 @pytest.mark.direct
+async def test_what_is_committed_between_two_connections_is_read(
+    engine: Engine, clock: ManualClock, seldom: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user_id = await make_user(engine)
+    usage = UsageService(engine, clock=clock, live=True)
+    connect, gate, arrived = engine.connect_direct, anyio.Event(), anyio.Event()
+
+    async def late() -> object:
+        arrived.set()
+        await gate.wait()
+        return await connect()
+
+    async with usage.watch(user_id) as totals, anyio.create_task_group() as group:
+        assert await anext(totals) == 0
+        monkeypatch.setattr(engine, "connect_direct", late)
+        [pid] = await listeners(engine)
+
+        async def next_is(total: int) -> None:
+            with anyio.fail_after(10):
+                assert await anext(totals) == total
+
+        group.start_soon(next_is, 7)
+        await engine.fetch("SELECT pg_terminate_backend($1)", pid)
+        await arrived.wait()
+        await make_usage(engine, user_id, tokens=7)
+        gate.set()
+
+
+@pytest.mark.direct
 async def test_leaving_leaves_no_connection_and_no_task(engine: Engine, clock: ManualClock) -> None:
     user_id = await make_user(engine)
     usage = UsageService(engine, clock=clock, live=True)
