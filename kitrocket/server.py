@@ -14,9 +14,11 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import anyio
+import asyncpg
 
 from kitrocket.errors import ConfigurationError, KitRocketError, MissingExtraError
 from kitrocket.kit import KitRocket
+from kitrocket.metrics import measure
 from kitrocket.migrations import pending
 
 try:
@@ -50,13 +52,14 @@ def create_app(kit: KitRocket, *, studio: bool = True) -> Starlette:
     """Return the application. Its lifespan enters the kit, so the background work runs while it is served.
 
     ``POST /webhooks/dodo`` receives webhooks; ``/healthz`` answers 200 while the process lives; ``/readyz`` answers 200
-    when PostgreSQL answers and no migration is missing, else 503; ``/admin/`` is the Studio unless ``studio`` is false
-    (it needs the extra ``admin``). Raises :class:`MissingExtraError` without it.
+    when PostgreSQL answers and no migration is missing, else 503; ``/metrics`` is for Prometheus; ``/admin/`` is the
+    Studio unless ``studio`` is false (it needs the extra ``admin``). Raises :class:`MissingExtraError` without it.
     """
     routes: list[BaseRoute] = [
         webhook_route(kit),
         Route("/healthz", _healthz, methods=["GET"]),
         Route("/readyz", _readiness(kit), methods=["GET"]),
+        Route("/metrics", _metrics(kit), methods=["GET"]),
     ]
     if studio:
         from kitrocket.admin import create_studio
@@ -96,6 +99,18 @@ def _readiness(kit: KitRocket) -> Callable[[Request], object]:
         return JSONResponse({"ready": True})
 
     return readyz
+
+
+def _metrics(kit: KitRocket) -> Callable[[Request], object]:
+    async def metrics(_request: Request) -> PlainTextResponse:
+        try:
+            with anyio.fail_after(_READY_LIMIT):
+                lines = await measure(kit)
+        except (KitRocketError, asyncpg.PostgresError, TimeoutError) as error:
+            return PlainTextResponse(f"{type(error).__name__}\n", 503, {"retry-after": "5"})
+        return PlainTextResponse(lines, media_type="text/plain; version=0.0.4")
+
+    return metrics
 
 
 class _Guard:

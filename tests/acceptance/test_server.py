@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from datetime import timedelta
 from importlib.resources import files
 from time import monotonic
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ import httpx
 import pytest
 
 import factories
-from kitrocket.clock import utc_now
+from kitrocket.clock import to_db, utc_now
 from kitrocket.engine import Engine
 from kitrocket.kit import KitRocket
 from kitrocket.settings import Settings
@@ -275,6 +276,31 @@ async def test_it_is_not_ready_while_a_migration_is_missing(engine: Engine, cloc
         assert (answer.status_code, answer.json()["reason"]) == (503, "SchemaNotMigratedError")
         await engine.fetch("UPDATE migration SET app_name = 'kitrocket'")
         assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_metrics_say_how_much_usage_waits_for_its_export(engine: Engine, clock: ManualClock) -> None:
+    user_id = await factories.make_user(engine)
+    await engine.fetch(
+        "INSERT INTO kitrocket.usage_outbox (usage_id, user_id, created_at, next_at, state, error)"
+        " VALUES ('a', $1, $2, $2, 'pending', 'HTTP 503'), ('b', $1, $3, $3, 'pending', 'no customer'),"
+        " ('c', $1, $3, $3, 'parked', 'HTTP 422')",
+        user_id,
+        to_db(clock() - timedelta(minutes=31)),
+        to_db(clock() - timedelta(days=2)),
+    )
+    async with client_of(make_kit(engine, clock)) as client:
+        answer = await client.get("/metrics")
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        told = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+        assert told == {
+            "kitrocket_usage_export_pending": "2",
+            "kitrocket_usage_export_waiting": "1",
+            "kitrocket_usage_export_parked": "1",
+            "kitrocket_usage_export_oldest_seconds": "1860.0",
+        }
+        assert answer.text.count("# TYPE") == 4
+        await engine.fetch("DROP TABLE kitrocket.usage_outbox")
+        assert (await client.get("/metrics")).status_code == 503
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
