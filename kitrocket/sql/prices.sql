@@ -89,8 +89,8 @@ FROM (
 ORDER BY is_line DESC, bucket, cost DESC, tokens DESC, model COLLATE "C", user_id COLLATE "C";
 
 -- name: cost_rolled
--- The same, whole UTC days from kitrocket.usage_daily: its edges are those of usage.sql. At least one row; without a
--- call it is empty.
+-- The same, whole UTC days from kitrocket.usage_daily: its edges are those of usage.sql, summed by day before prices are
+-- looked up. At least one row; without a call it is empty.
 -- $1 user or NULL for all, $2 since, $3 until or NULL, $4 currency, $5 divide by user, $6 divide by model,
 -- $7 the buckets' beginnings: since, then UTC midnights, ascending, $8 the most lines.
 WITH edges AS (
@@ -123,17 +123,19 @@ WITH edges AS (
       AND day >= (SELECT first FROM edges)
       AND day < (SELECT last FROM edges)
     UNION ALL
-    SELECT user_id, model, created_at, tokens_used, 1
+    SELECT user_id, model, min(created_at), sum(tokens_used), count(*)
     FROM usage
     WHERE ($1::text IS NULL OR user_id = $1)
       AND created_at >= $2::timestamp
       AND created_at < (SELECT first FROM edges)
+    GROUP BY user_id, model, created_at::date
     UNION ALL
-    SELECT user_id, model, created_at, tokens_used, 1
+    SELECT user_id, model, min(created_at), sum(tokens_used), count(*)
     FROM usage
     WHERE ($1::text IS NULL OR user_id = $1)
       AND created_at >= (SELECT last FROM edges)
       AND created_at < (SELECT until FROM edges)
+    GROUP BY user_id, model, created_at::date
 ), sums AS (
     SELECT width_bucket(calls.at, $7::timestamp[]) AS bucket,
            CASE WHEN $5::boolean THEN calls.user_id END AS user_id,
