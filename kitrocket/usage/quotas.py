@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from weakref import WeakValueDictionary
+
+import anyio
 
 from kitrocket.clock import from_db, to_db
 from kitrocket.engine import Engine
@@ -54,6 +57,8 @@ class Quotas:
         self._sums = sums
         self._thresholds = thresholds
         self._rollup = rollup
+        #: Whoever of this process waits for a user's lock waits here, and not with a connection of the pool.
+        self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
     async def reserve(
         self, wanted: Reservation, limits: Sequence[Limit], percents: Sequence[int], *, now: datetime
@@ -67,7 +72,10 @@ class Quotas:
         if self._engine.in_transaction():
             raise TransactionError("tokens are reserved under a lock, so they cannot be inside a transaction")
         asked = await quotas(self._sums, wanted.user_id, limits, now)
-        counted = await self._engine.retry(lambda: self._admit(wanted, asked, limits, percents, now), idempotent=True)
+        async with self._turns.setdefault(wanted.user_id, anyio.Lock()):
+            counted = await self._engine.retry(
+                lambda: self._admit(wanted, asked, limits, percents, now), idempotent=True
+            )
         decision = await self._decide(wanted, asked, counted, now)
         crossed = await self._thresholds.tell(counted.alerts)
         return decision.model_copy(update={"crossed": crossed}) if crossed else decision
@@ -93,7 +101,7 @@ class Quotas:
     ) -> _Counted:
         user_id, alerts = wanted.user_id, list[UsageAlert]()
         watch = Watch(limits=list(limits), percents=list(percents)).model_dump_json() if percents else None
-        async with self._engine.transaction(read_committed=True):
+        async with self._engine.transaction(read_committed=True) as transaction:
             if await self._engine.fetchval(_SQL["lock"], user_id, to_db(now)) is None:
                 raise UserNotFoundError(user_id)
             seen = await self._thresholds.seen(user_id, asked) if percents else Seen({})
@@ -116,6 +124,9 @@ class Quotas:
                 raise UsageConflictError(wanted.id)
             if percents:
                 alerts = await self._thresholds.note(user_id, asked, used, percents, seen=seen, now=now)
+            elif not row["fits"]:
+                # Nothing is to be kept, and whoever waits for the lock need not wait for the disk.
+                await transaction.rollback()
         return _Counted(used, [newest for _, newest in counted], row["others"], row["fits"], alerts)
 
     async def _decide(self, wanted: Reservation, asked: Sequence[Quota], counted: _Counted, now: datetime) -> Decision:

@@ -261,7 +261,7 @@ async def test_a_settlement_inside_a_transaction_is_part_of_it(usage: UsageServi
 
 
 async def test_a_role_whose_transactions_keep_one_snapshot_admits_no_more(
-    engine: Engine, usage: UsageService, database: str
+    engine: Engine, clock: ManualClock, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under REPEATABLE READ whoever waited for the lock would fail, or count what stood before."""
     await engine.fetch(f"ALTER DATABASE {database} SET default_transaction_isolation = 'repeatable read'")
@@ -269,7 +269,16 @@ async def test_a_role_whose_transactions_keep_one_snapshot_admits_no_more(
     await engine.close()
     await engine.open()
     await warm_up(engine)
-    answers = await together([lambda: usage.reserve(user_id, tokens=10, model=MODEL, limit=50)] * 20)
+
+    async def once(unit: Any, **_options: object) -> object:
+        return await unit()
+
+    monkeypatch.setattr(engine, "retry", once)
+    # A service each, as in a process each: one alone takes turns before it asks for the lock.
+    services = [UsageService(engine, clock=clock) for _ in range(20)]
+    answers = await together(
+        [lambda one=one: one.reserve(user_id, tokens=10, model=MODEL, limit=50) for one in services]
+    )
     assert sum(answer.allowed for answer in answers) == 5  # type: ignore[attr-defined]
 
 
