@@ -51,6 +51,13 @@ WHERE needs_check AND (fetched_at IS NULL OR fetched_at < $1)
 ORDER BY subscription_id
 LIMIT $2;
 
+-- name: close_drift
+-- Closes the incidents of subscriptions that the provider knows after all. $1 subscriptions, $2 now.
+UPDATE kitrocket.billing_incidents
+SET closed_at = $2
+WHERE kind = 'drift' AND closed_at IS NULL AND subject = ANY($1::text[])
+RETURNING id;
+
 -- name: payments_unknown
 -- Payments of which only refunds or disputes are known.
 SELECT payment_id FROM kitrocket.dodo_payments WHERE status IS NULL ORDER BY payment_id;

@@ -188,9 +188,14 @@ class Applier:
                 return True
         return False
 
-    async def note_gone(self, subscription_id: str, now: datetime) -> None:
-        """Note that the provider does not know a subscription; its user's row stays as it is."""
+    async def note_gone(self, subscription_id: str, version: int, now: datetime) -> bool:
+        """Note that the provider does not know a subscription; ``False`` if ``version`` is outdated.
+
+        Its user's row stays as it is.
+        """
         for known in await self._lock([subscription_id]):
+            if known.version != version:
+                return False
             existing = await self._keep_users({known.user_id})
             user_id = known.user_id if known.user_id in existing else None
             new = replace(known, user_id=user_id, fetched_at=now, needs_check=False)
@@ -199,6 +204,7 @@ class Applier:
             detail = {"subscriptions": [subscription_id]}
             open_incident(changes, "drift", subscription_id, user_id, detail, now, self._is_heard)
             await changes.write(self._engine)
+        return True
 
     async def adopt_payment(self, state: PaymentState, now: datetime) -> None:
         """Take over a fetched payment; every event about it is newer."""

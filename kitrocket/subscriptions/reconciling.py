@@ -78,6 +78,7 @@ class Reconciliation:
             known = await self._versions([str(item.get("subscription_id")) for item in items])
             for item in items:
                 await self._compare(item, known, seen)
+            await self._close_drift(list(known))
             self._counts.checked += len(items)
             if on_progress is not None:
                 on_progress(self._counts.checked)
@@ -103,6 +104,11 @@ class Reconciliation:
         rows = await self._engine.fetch(_SQL["snapshots"], ids)
         return {row["subscription_id"]: row for row in rows}
 
+    async def _close_drift(self, ids: Sequence[str]) -> None:
+        """Close the incidents of subscriptions that the provider knows after all."""
+        if not self._dry_run:
+            await self._engine.fetch(_SQL["close_drift"], ids, to_db(self._clock()))
+
     async def _compare(self, item: Mapping[str, Any], rows: Mapping[str, asyncpg.Record], seen: set[str]) -> None:
         try:
             state = SubscriptionSnapshot.model_validate(item)
@@ -126,13 +132,17 @@ class Reconciliation:
         self._counts.fetched += 1
         now = self._clock()
         if found is None:
+            if not self._dry_run and not await self._write(
+                partial(self._applier.note_gone, subscription_id, version, now)
+            ):
+                self._counts.raced += 1
+                return
             self._counts.gone += 1
             self._counts.differences.append(
                 Difference(subscription_id=subscription_id, field="subscription_id", ours=subscription_id, theirs=None)
             )
-            if not self._dry_run:
-                await self._write(partial(self._applier.note_gone, subscription_id, now))
             return
+        await self._close_drift([subscription_id])
         state = SubscriptionSnapshot.model_validate(found)
         problem = self._applier.problem_with(state)
         if problem is not None:

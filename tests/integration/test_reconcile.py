@@ -186,6 +186,28 @@ async def test_what_the_provider_does_not_know_is_an_incident_and_stays(desk: De
     assert [tuple(row) for row in found] == [("drift", SUBSCRIPTION, USER)]
     await desk.service.reconcile()
     assert await desk.engine.fetchval("SELECT count(*) FROM kitrocket.billing_incidents") == 1
+    # It is over when the provider knows it again.
+    knows(dodo, PAYLOADS["02"])
+    await desk.service.reconcile(dry_run=True)
+    still_open = "SELECT count(*) FROM kitrocket.billing_incidents WHERE closed_at IS NULL"
+    assert await desk.engine.fetchval(still_open) == 1
+    assert (await desk.service.reconcile()).gone == 0
+    assert await desk.engine.fetchval(still_open) == 0
+
+
+async def test_a_webhook_of_what_the_provider_did_not_know_a_moment_ago_is_believed(
+    desk: Desk, dodo: DodoServer
+) -> None:
+    await desk.deliver(PAYLOADS["01"])
+
+    async def meanwhile(path: str, _number: int) -> None:
+        if path != "/subscriptions":
+            await desk.deliver(PAYLOADS["02"])
+
+    dodo.trouble = meanwhile
+    result = await desk.service.reconcile()
+    assert (result.gone, result.raced, result.differences) == (0, 1, [])
+    assert await desk.engine.fetchval("SELECT count(*) FROM kitrocket.billing_incidents") == 0
 
 
 async def test_an_unknown_payment_is_asked_for(desk: Desk, dodo: DodoServer) -> None:
