@@ -2,8 +2,8 @@
 
 A round trip costs more than the statement. So with :meth:`Validator.coalescing` there are two lanes, each a
 connection of its own. Who finds a lane free runs alone at once. Who doesn't waits, and when a lane comes free
-the first in the queue runs one statement for the whole queue. There is no task and no timer: under light load
-nothing is delayed, and the heavier the load the larger the batches.
+the first in the queue runs one statement for the queue, or for half of it when the other lane has less to do. There
+is no task and no timer: under light load nothing is delayed, and the heavier the load the larger the batches.
 """
 
 from __future__ import annotations
