@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 import pytest_asyncio
 from starlette.responses import JSONResponse, Response
@@ -22,6 +23,7 @@ from kitrocket.errors import ConfigurationError, InvalidInputError, ProviderErro
 from kitrocket.migrations import check_outbox, fill_outbox, is_outbox_filled
 from kitrocket.testing import ManualClock
 from kitrocket.usage import UsageService
+from kitrocket.users import UserService
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -426,3 +428,43 @@ async def test_a_kit_exports_in_the_background_and_wants_the_outbox_filled(
     with pytest.raises(ConfigurationError, match="kitrocket db migrate"):
         async with KitRocket(settings, engine=desk.engine, clock=desk.clock):
             pass
+
+
+async def test_writers_deletions_and_exporters_at_once_never_deadlock(desk: Desk) -> None:
+    users = [await desk.customer(f"cus_{number}") for number in range(8)]
+    usage, service = desk.open(), UserService(desk.engine, clock=desk.clock)
+    writing = True
+
+    async def write(number: int) -> None:
+        for turn in range(12):
+            rows = [
+                {"user_id": user_id, "tokens": 1, "model": MODEL, "id": f"{turn}-{copy}-{user_id}"}
+                for copy in range(5)
+                for user_id in (users[:4] if number % 2 else users[3::-1])
+            ]
+            await usage.record_many(rows)
+
+    async def delete() -> None:
+        for user_id in users[4:]:
+            await desk.insert(user_id, 40, user_id)
+            await anyio.lowlevel.checkpoint()
+            await service.delete(user_id)
+
+    async def export(one: UsageService) -> None:
+        while writing:
+            await one.export()
+
+    async with anyio.create_task_group() as group:
+        for _ in range(2):
+            group.start_soon(export, desk.open())
+        async with anyio.create_task_group() as writers:
+            for number in range(4):
+                writers.start_soon(write, number)
+            writers.start_soon(delete)
+        writing = False
+    await usage.export()
+    kept = [row[0] for row in await desk.engine.fetch("SELECT id FROM usage")]
+    assert len(kept) == 12 * 5 * 4
+    assert set(kept) <= set(desk.dodo.events)
+    assert await desk.outbox() == []
+    assert await desk.engine.fetchval("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == 0
