@@ -47,8 +47,9 @@ LEFT JOIN usage ON usage.id = claimed.usage_id
 ORDER BY usage.created_at, claimed.usage_id;
 
 -- name: forget
--- Delete rows whose calls the provider has, or which were deleted here. One that is locked stays, here and below: it is
--- another exporter's by now, or goes with its user. Who never waits is in no deadlock.
+-- Delete rows whose calls the provider has, or which were deleted here, and answer with their ids. One that is locked
+-- stays, here and below: another exporter looks at it or has it by now, or it goes with its user. Who never waits is in no
+-- deadlock.
 -- $1 usage ids.
 WITH taken AS (
     SELECT usage_id
@@ -58,7 +59,8 @@ WITH taken AS (
 )
 DELETE FROM kitrocket.usage_outbox AS outbox
 USING taken
-WHERE outbox.usage_id = taken.usage_id;
+WHERE outbox.usage_id = taken.usage_id
+RETURNING outbox.usage_id;
 
 -- name: postpone
 -- Make rows due later.

@@ -41,6 +41,8 @@ _LATE_AFTER = timedelta(minutes=55)
 _NO_CUSTOMER = timedelta(minutes=5)
 #: The shortest and the longest pause after a failure, and the longest that the provider may ask for, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_WANTED = 1.0, 60.0, 600.0
+#: How long to wait before each further attempt to delete what was locked, in seconds.
+_FORGET_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4)
 
 _SQL = statements("export")
 _log = logging.getLogger("kitrocket.usage")
@@ -159,7 +161,7 @@ class Exporter:
             else:
                 sendable.append(row)
         if gone:
-            await self._engine.fetch(_SQL["forget"], _ids(gone))
+            await self._forget(gone)
         if waiting:
             await self._engine.fetch(_SQL["postpone"], *_held(waiting), to_db(now + _NO_CUSTOMER), "no customer")
         if parked:
@@ -187,7 +189,7 @@ class Exporter:
                 raise
             if answer.kind == "taken":
                 self._failures, self._resume_at = 0, None
-                await self._engine.retry(partial(self._engine.fetch, _SQL["forget"], _ids(part)), idempotent=True)
+                await self._forget(part)
                 counts.sent += len(part)
             elif answer.kind == "later":
                 self._failures += 1
@@ -200,6 +202,17 @@ class Exporter:
             else:
                 middle = (len(part) + 1) // 2
                 parts += [part[middle:], part[:middle]]
+
+    async def _forget(self, rows: Sequence[asyncpg.Record]) -> None:
+        """Delete rows. Those that stay locked come due with their lease, and the provider ignores them then."""
+        left = set(_ids(rows))
+        for pause in _FORGET_PAUSES:
+            delete = partial(self._engine.fetch, _SQL["forget"], list(left))
+            left -= {row["usage_id"] for row in await self._engine.retry(delete, idempotent=True)}
+            if not left:
+                return
+            # A claim that began before ours looks at the same rows, and holds them until it ends.
+            await anyio.sleep(pause)
 
     def _as_event(self, row: asyncpg.Record, now: datetime) -> EventInputParam:
         at = from_db(row["created_at"])

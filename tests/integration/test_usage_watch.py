@@ -55,7 +55,6 @@ def seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "_EVERY_UNHEARD", 1000.0)
 
 
-@pytest.mark.direct
 async def test_every_way_to_record_is_heard_within_a_second(engine: Engine, clock: ManualClock, seldom: None) -> None:
     user_id, other = await make_user(engine), await make_user(engine)
     async with (
@@ -99,7 +98,6 @@ async def test_every_way_to_record_is_heard_within_a_second(engine: Engine, cloc
     await until(lambda: nobody_listens(engine))
 
 
-@pytest.mark.direct
 async def test_a_listener_that_is_killed_listens_again_and_misses_nothing(
     engine: Engine, clock: ManualClock, seldom: None
 ) -> None:
@@ -135,7 +133,6 @@ async def test_a_listener_that_is_killed_listens_again_and_misses_nothing(
     await until(lambda: nobody_listens(engine))
 
 
-@pytest.mark.direct
 async def test_what_is_committed_between_two_connections_is_read(
     engine: Engine, clock: ManualClock, seldom: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +161,6 @@ async def test_what_is_committed_between_two_connections_is_read(
         gate.set()
 
 
-@pytest.mark.direct
 async def test_leaving_leaves_no_connection_and_no_task(engine: Engine, clock: ManualClock) -> None:
     user_id = await make_user(engine)
     usage = UsageService(engine, clock=clock, live=True)
@@ -251,7 +247,6 @@ async def test_without_a_connection_that_listens_it_reads_every_second(
                 assert await nobody_listens(engine)
 
 
-@pytest.mark.direct
 async def test_what_nobody_tells_of_is_read_every_ten_seconds(
     engine: Engine, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
