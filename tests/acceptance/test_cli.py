@@ -45,7 +45,7 @@ async def test_help_names_every_command() -> None:
     for command, words in (
         ("db", ("migrate", "push", "adopt", "stop")),
         ("sessions", ("sweep", "digest")),
-        ("usage", ("report", "verify", "rebuild", "prune")),
+        ("usage", ("report", "verify", "rebuild", "prune", "expire")),
     ):
         _, out, _ = await kitrocket(command, "--help")
         assert not [word for word in words if word not in out]
@@ -203,6 +203,12 @@ async def test_daily_sums_are_verified_rebuilt_and_outlive_pruned_calls(engine: 
     assert out.startswith("2026-01-01 ada m: 50 tokens of 1 call(s) are summed, 5 of 1 are there\n")
     code, out, _ = await kitrocket("usage", "rebuild", "--since", "2026-01-01", url=database_url)
     assert (code, out) == (0, "2 day(s) recomputed, 1 sum(s) were wrong.\n")
+    await engine.fetch(
+        "INSERT INTO kitrocket.usage_reservations (id, user_id, model, tokens, used, created_at, expires_at)"
+        " VALUES ('r', 'ada', 'm', 9, 0, '2026-01-01', '2026-01-01')"
+    )
+    code, out, _ = await kitrocket("usage", "expire", url=database_url)
+    assert (code, out) == (0, "Recorded 0 expired reservation(s), deleted 1.\n")
     code, out, _ = await kitrocket("usage", "prune", "--before", "2026-01-02", url=database_url)
     assert (code, out) == (0, "Deleted 1 call(s); they are kept from 2026-01-02 on.\n")
     code, _, err = await kitrocket("usage", "rebuild", "--since", "2026-01-01", url=database_url)
