@@ -579,6 +579,29 @@ async def test_the_index_holds_what_a_payment_said(desk: Desk) -> None:
 # -- the transaction ------------------------------------------------------------------------------------------------
 
 
+async def test_a_delivery_costs_four_messages(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    await with_user(desk)
+    await desk.deliver(PAYLOADS["02"])
+    sent: list[str] = []
+    for name in ("fetch", "execute"):
+        method = getattr(asyncpg.Connection, name)
+
+        async def told(connection: Any, sql: str, *arguments: Any, method: Any = method, **options: Any) -> Any:
+            sent.append(next(line for line in sql.splitlines() if not line.startswith("--")))
+            return await method(connection, sql, *arguments, **options)
+
+        monkeypatch.setattr(asyncpg.Connection, name, told)
+    later = event("02", timestamp="2026-03-17T00:00:00Z", product_id="pdt_pro_m_8Kd2")
+    assert await desk.deliver(later) == "applied"
+    assert [text.split(";")[0].split("(")[0] for text in sent] == [
+        "BEGIN",
+        "WITH stored AS ",
+        "SELECT kitrocket.write_changes",
+        "COMMIT",
+    ]
+    assert [row["plan"] for row in await desk.rows()] == ["pro"]
+
+
 async def test_concurrent_deliveries_of_one_id_are_applied_once(desk: Desk) -> None:
     await with_user(desk)
     outcomes: list[str] = []
