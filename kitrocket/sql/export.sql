@@ -14,81 +14,76 @@ WHERE tgrelid = 'public.usage'::regclass
 -- Lease due rows, the longest due first, and read what to send. A call that was deleted comes without tokens, one of a
 -- user without a customer at the provider without a customer. A live subscription's customer comes first.
 -- $1 now, $2 until when they are leased, $3 the most of them.
-WITH due AS (
-    SELECT usage_id
-    FROM kitrocket.usage_outbox
-    WHERE state = 'pending'
-      AND next_at <= $1
-    ORDER BY next_at
-    LIMIT $3::bigint
-    FOR UPDATE SKIP LOCKED
-), claimed AS (
-    UPDATE kitrocket.usage_outbox AS outbox
+-- By place and by LIMIT 1, so that it never reads more of a table than these rows, however long the backlog is.
+WITH claimed AS (
+    UPDATE kitrocket.usage_outbox
     SET next_at = $2, attempts = attempts + 1
-    FROM due
-    WHERE outbox.usage_id = due.usage_id
-    RETURNING outbox.usage_id, outbox.attempts
+    WHERE ctid = ANY (ARRAY(
+        SELECT ctid
+        FROM kitrocket.usage_outbox
+        WHERE state = 'pending'
+          AND next_at <= $1
+        ORDER BY next_at
+        LIMIT $3::bigint
+        FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING usage_id, attempts
 )
-SELECT claimed.usage_id,
-       claimed.attempts,
-       usage.tokens_used AS tokens,
-       usage.model,
-       usage.created_at,
-       (
-           SELECT dodo_customer_id
-           FROM subscriptions
-           WHERE subscriptions.user_id = usage.user_id
-             AND dodo_customer_id IS NOT NULL
-           ORDER BY status IN ('active', 'trialing', 'past_due') DESC, subscriptions.created_at DESC, id
-           LIMIT 1
-       ) AS customer_id
+SELECT claimed.usage_id, claimed.attempts, call.tokens, call.model, call.created_at, customer.customer_id
 FROM claimed
-LEFT JOIN usage ON usage.id = claimed.usage_id
-ORDER BY usage.created_at, claimed.usage_id;
+LEFT JOIN LATERAL (
+    SELECT user_id, tokens_used AS tokens, model, created_at
+    FROM usage
+    WHERE id = claimed.usage_id
+    LIMIT 1
+) AS call ON true
+LEFT JOIN LATERAL (
+    SELECT dodo_customer_id AS customer_id
+    FROM subscriptions
+    WHERE user_id = call.user_id
+      AND dodo_customer_id IS NOT NULL
+    ORDER BY status IN ('active', 'trialing', 'past_due') DESC, created_at DESC, id
+    LIMIT 1
+) AS customer ON true
+ORDER BY call.created_at, claimed.usage_id;
 
 -- name: forget
 -- Delete rows whose calls the provider has, or which were deleted here, and answer with their ids. One that is locked
 -- stays, here and below: another exporter looks at it or has it by now, or it goes with its user. Who never waits is in no
 -- deadlock.
 -- $1 usage ids.
-WITH taken AS (
-    SELECT usage_id
+DELETE FROM kitrocket.usage_outbox
+WHERE ctid = ANY (ARRAY(
+    SELECT ctid
     FROM kitrocket.usage_outbox
     WHERE usage_id = ANY ($1::text[])
     FOR UPDATE SKIP LOCKED
-)
-DELETE FROM kitrocket.usage_outbox AS outbox
-USING taken
-WHERE outbox.usage_id = taken.usage_id
-RETURNING outbox.usage_id;
+))
+RETURNING usage_id;
 
 -- name: postpone
 -- Make rows due later.
 -- $1 usage ids and $2 the attempts at which they were claimed, arrays of one length; $3 when they are due, $4 why.
-WITH held AS (
-    SELECT outbox.usage_id
+UPDATE kitrocket.usage_outbox
+SET next_at = $3, error = $4
+WHERE ctid = ANY (ARRAY(
+    SELECT outbox.ctid
     FROM unnest($1::text[], $2::integer[]) AS claimed (usage_id, attempts)
     JOIN kitrocket.usage_outbox AS outbox USING (usage_id, attempts)
     FOR UPDATE OF outbox SKIP LOCKED
-)
-UPDATE kitrocket.usage_outbox AS outbox
-SET next_at = $3, error = $4
-FROM held
-WHERE outbox.usage_id = held.usage_id;
+));
 
 -- name: park
 -- Take rows out of the way until somebody looks at them.
 -- $1 usage ids and $2 the attempts at which they were claimed, arrays of one length; $3 why.
-WITH held AS (
-    SELECT outbox.usage_id
+UPDATE kitrocket.usage_outbox
+SET state = 'parked', error = $3
+WHERE ctid = ANY (ARRAY(
+    SELECT outbox.ctid
     FROM unnest($1::text[], $2::integer[]) AS claimed (usage_id, attempts)
     JOIN kitrocket.usage_outbox AS outbox USING (usage_id, attempts)
     FOR UPDATE OF outbox SKIP LOCKED
-)
-UPDATE kitrocket.usage_outbox AS outbox
-SET state = 'parked', error = $3
-FROM held
-WHERE outbox.usage_id = held.usage_id;
+));
 
 -- name: unpark
 -- Make parked rows due, and count them.

@@ -288,3 +288,16 @@ async def test_what_is_due_for_retry_is_found_without_reading_the_inbox(full: as
     plan = await plan_of(full, statements("webhooks")["events_to_retry"], NOW)
     found = {node["Relation Name"] for node in plan if node["Node Type"] == "Seq Scan"}
     assert "webhook_events" not in found
+
+
+async def test_a_claim_of_the_export_reads_indexes_however_long_the_backlog_is(full: asyncpg.Connection) -> None:
+    transaction = full.transaction()
+    await transaction.start()
+    await full.execute(
+        "INSERT INTO kitrocket.usage_outbox (usage_id, user_id, created_at, next_at)"
+        " SELECT id, user_id, created_at, created_at FROM usage; ANALYZE kitrocket.usage_outbox"
+    )
+    plan = await plan_of(full, statements("export")["claim"], NOW, NOW, 1000)
+    await transaction.rollback()
+    assert [node["Relation Name"] for node in plan if node["Node Type"] == "Seq Scan"] == []
+    assert {node["Index Name"] for node in plan if "Index Name" in node} >= {"usage_outbox_due_idx", "usage_pkey"}
