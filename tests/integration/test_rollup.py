@@ -453,7 +453,8 @@ async def test_there_and_back_leaves_nothing(usage: UsageService, engine: Engine
     await without_rollup(engine)
     left = "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'kitrocket_usage%'"
     assert await engine.fetchval(left) == 0
-    assert await engine.fetchval("SELECT count(*) FROM pg_proc WHERE proname LIKE 'usage%ed'") == 0
+    functions = ["usage_inserted", "usage_updated", "usage_deleted", "usage_truncated"]
+    assert await engine.fetchval("SELECT count(*) FROM pg_proc WHERE proname = ANY ($1)", functions) == 0
     assert await engine.fetchval("SELECT to_regclass('kitrocket.usage_daily')") is None
     await migrate(engine)
     assert await engine.fetchval(left) == 4
