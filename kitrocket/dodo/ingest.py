@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 import anyio
 from pydantic import SecretStr
 
-from kitrocket.errors import MissingExtraError, ProviderError
-
-try:
-    import dodopayments
-    import httpx
-except ImportError as error:
-    raise MissingExtraError("sending usage to DodoPayments", "dodo") from error
+from kitrocket.dodo.client import dodopayments, make_client, retry_after
+from kitrocket.errors import ProviderError
 
 if TYPE_CHECKING:
     from dodopayments.types.event_input_param import EventInputParam
@@ -27,12 +20,6 @@ if TYPE_CHECKING:
 MOST_EVENTS = 1_000
 #: How long one call may take in all, in seconds.
 REQUEST_LIMIT = 20.0
-
-
-@cache
-def _tls() -> ssl.SSLContext:
-    # Making one blocks the event loop for 30 to 100 ms, and a client is made every few seconds.
-    return httpx.create_ssl_context()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +44,7 @@ class Ingest:
     """The provider's door for usage events. ``async with`` it."""
 
     def __init__(self, *, api_key: str | SecretStr, base_url: str | None = None) -> None:
-        token = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
-        self._client = dodopayments.AsyncDodoPayments(
-            bearer_token=token,
-            base_url=base_url,
-            max_retries=0,
-            timeout=REQUEST_LIMIT,
-            http_client=dodopayments.DefaultAsyncHttpxClient(verify=_tls()),
-        )
+        self._client = make_client(api_key=api_key, base_url=base_url, timeout_seconds=REQUEST_LIMIT)
 
     async def __aenter__(self) -> Self:
         return self
@@ -91,8 +71,7 @@ class Ingest:
             if status in (400, 413, 422):
                 return Answer("refused", status)
             if status >= 500 or status in (408, 409, 425, 429):
-                wanted = error.response.headers.get("retry-after", "")
-                return Answer("later", status, float(wanted) if wanted.isdecimal() else None)
+                return Answer("later", status, retry_after(error.response.headers))
             raise ProviderError(status) from error
         except dodopayments.DodoPaymentsError as error:
             raise ProviderError(None) from error

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
-from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import anyio
 from pydantic import SecretStr
 
-from kitrocket.errors import ConfigurationError, MissingExtraError, ProviderError
-
-try:
-    import dodopayments
-except ImportError as error:
-    raise MissingExtraError("asking DodoPayments", "dodo") from error
+from kitrocket.dodo.client import dodopayments, make_client, retry_after
+from kitrocket.errors import ProviderError
 
 T = TypeVar("T")
 
@@ -44,12 +38,7 @@ class Provider:
         requests_per_second: float = 10.0,
         timeout: timedelta = timedelta(seconds=20),
     ) -> None:
-        token = api_key.get_secret_value() if isinstance(api_key, SecretStr) else api_key
-        if not re.fullmatch("[!-~]+", token):
-            raise ConfigurationError("DODO_PAYMENTS_API_KEY: it is empty or has characters that no key has")
-        self._client = dodopayments.AsyncDodoPayments(
-            bearer_token=token, base_url=base_url, max_retries=0, timeout=timeout.total_seconds()
-        )
+        self._client = make_client(api_key=api_key, base_url=base_url, timeout_seconds=timeout.total_seconds())
         self._interval = 1 / requests_per_second
         self._free_at = 0.0
         #: How many requests were sent.
@@ -130,16 +119,3 @@ def _told(answer: object) -> dict[str, Any]:
     if not isinstance(answer, dodopayments.BaseModel):
         raise ProviderError(None)
     return answer.to_dict(mode="json")
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a ``Retry-After`` asks for, told in seconds or as an instant; ``None`` without one."""
-    told = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", told):
-        return float(told)
-    try:
-        # By the provider's own clock.
-        wait = parsedate_to_datetime(told) - parsedate_to_datetime(headers.get("date", ""))
-    except (ValueError, TypeError):
-        return None
-    return max(wait.total_seconds(), 0.0)

@@ -12,9 +12,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from delivering import PAYLOADS, SUBSCRIPTION
 from dodo_server import DodoServer
+from kitrocket.dodo.client import retry_after
 from kitrocket.errors import ConfigurationError, ProviderError
 from kitrocket.subscriptions import provider as module
-from kitrocket.subscriptions.provider import Provider, retry_after
+from kitrocket.subscriptions.provider import Provider
 
 NOW = datetime(2026, 3, 17, tzinfo=UTC)
 Trouble = Callable[[str, int], Awaitable[Response | None]]
