@@ -39,11 +39,12 @@ needs_root = pytest.mark.skipif(not AS_ROOT, reason="only root can become somebo
 
 # A process that holds the server: says where it is, then lives until its standard input ends.
 HOLDER = """
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
 from kitrocket.embedded import EmbeddedServer
 from kitrocket.errors import EmbeddedServerError
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background inherits that it is ignored
 said = []
 server = EmbeddedServer(Path(sys.argv[1]) if sys.argv[1] else None, fsync=False, announce=said.append)
 try:
