@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,47 +12,21 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 from racing import until_someone_waits
+from terminals import Terminal
 
 import factories
 from kitrocket.engine import Engine
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
 
-
-class Terminal:
-    """A command that believes it is on a terminal."""
-
-    def __init__(self, *arguments: str, url: str, **environment: str) -> None:
-        self._screen, far = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from kitrocket.cli import main; main()", *arguments],
-            env=os.environ
-            | {"DATABASE_URL": url, "TERM": "xterm", "COLUMNS": "120", "KITROCKET_SESSION_TOKENS": "digest+plain"}
-            | environment,
-            stdout=far,
-            stderr=far,
-        )
-        os.close(far)
-
-    async def ended(self) -> tuple[int, str]:
-        """The exit code, and everything that was on the screen, without colours."""
-        return await anyio.to_thread.run_sync(self._read)
-
-    def _read(self) -> tuple[int, str]:
-        shown = b""
-        try:
-            while part := os.read(self._screen, 65_536):
-                shown += part
-        except OSError:  # how Linux says that nobody writes to it any more
-            pass
-        os.close(self._screen)
-        return self.process.wait(timeout=20), re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown.decode())
+#: Others write sessions too, with plain tokens.
+SHARED = {"KITROCKET_SESSION_TOKENS": "digest+plain"}
 
 
 async def piped(*arguments: str, url: str) -> tuple[int, str, str]:
     done = await anyio.run_process(
         [sys.executable, "-c", "from kitrocket.cli import main; main()", *arguments],
-        env=os.environ | {"DATABASE_URL": url, "KITROCKET_SESSION_TOKENS": "digest+plain"},
+        env=os.environ | SHARED | {"DATABASE_URL": url},
         check=False,
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -92,7 +64,7 @@ async def held_up(engine: Engine, event: str, left: str) -> AsyncIterator[None]:
 
 async def test_fifty_thousand_are_swept_with_a_bar_that_ends_full(engine: Engine, database_url: str) -> None:
     await fill(engine, expired=50_000, live=100)
-    code, screen = await Terminal("sessions", "sweep", url=database_url).ended()
+    code, screen = await Terminal("sessions", "sweep", url=database_url, **SHARED).ended()
     assert code == 0, screen
     assert "sweeping" in screen
     assert "50000/50000" in screen
@@ -111,7 +83,7 @@ async def test_in_a_pipe_there_is_one_plain_line(engine: Engine, database_url: s
 async def test_ctrl_c_stops_a_sweep_and_says_what_is_left(engine: Engine, database_url: str) -> None:
     await fill(engine, expired=5_000, live=10)
     async with held_up(engine, "DELETE", "(SELECT count(*) FROM sessions) <= 2010"):
-        running = Terminal("sessions", "sweep", url=database_url)
+        running = Terminal("sessions", "sweep", url=database_url, **SHARED)
         await until_someone_waits(engine)
         running.process.send_signal(signal.SIGINT)
         code, screen = await running.ended()
@@ -131,7 +103,7 @@ async def test_ctrl_c_stops_a_digest_and_says_what_is_left(engine: Engine, datab
     await fill(engine, expired=0, live=500)
     plain = "(SELECT count(*) FROM sessions WHERE token NOT LIKE ''k1$%'') <= 200"
     async with held_up(engine, "UPDATE", plain):
-        running = Terminal("sessions", "digest", "--batch-size", "100", url=database_url)
+        running = Terminal("sessions", "digest", "--batch-size", "100", url=database_url, **SHARED)
         await until_someone_waits(engine)
         running.process.send_signal(signal.SIGINT)
         code, screen = await running.ended()

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import pty
-import re
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
-import anyio
 import pytest
 from racing import until_someone_waits
+from terminals import Terminal
 
 from factories import make_usage, make_user
 from kitrocket.engine import Engine
@@ -22,34 +17,6 @@ from kitrocket.engine import Engine
 pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
 
 DAYS = [datetime(2026, 1, day, tzinfo=UTC) for day in (1, 2, 3)]
-
-
-class Terminal:
-    """A command that believes it is on a terminal."""
-
-    def __init__(self, *arguments: str, url: str) -> None:
-        self._screen, far = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from kitrocket.cli import main; main()", "usage", *arguments],
-            env=os.environ | {"DATABASE_URL": url, "TERM": "xterm", "COLUMNS": "120"},
-            stdout=far,
-            stderr=far,
-        )
-        os.close(far)
-
-    async def ended(self) -> tuple[int, str]:
-        """The exit code, and everything that was on the screen, without colours."""
-        return await anyio.to_thread.run_sync(self._read)
-
-    def _read(self) -> tuple[int, str]:
-        shown = b""
-        try:
-            while part := os.read(self._screen, 65_536):
-                shown += part
-        except OSError:  # how Linux says that nobody writes to it any more
-            pass
-        os.close(self._screen)
-        return self.process.wait(timeout=20), re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown.decode())
 
 
 @asynccontextmanager
@@ -79,7 +46,7 @@ async def test_ctrl_c_stops_it_and_says_how_things_are(
     for day in DAYS:
         await make_usage(engine, "ada", at=day)
     async with locked(engine, lock):
-        running = Terminal(*command, url=database_url)
+        running = Terminal("usage", *command, url=database_url)
         await until_someone_waits(engine)
         running.process.send_signal(signal.SIGINT)
         code, screen = await running.ended()
@@ -94,10 +61,12 @@ async def test_pruning_shows_how_far_it_is(engine: Engine, database_url: str) ->
     for day in DAYS:
         await make_usage(engine, "ada", at=day, model="\x1b[31mred")
     await engine.fetch("UPDATE kitrocket.usage_daily SET tokens = 9 WHERE day = '2026-01-03'")
-    code, screen = await Terminal("prune", "--before", "2026-01-03", "--batch-size", "1", url=database_url).ended()
+    code, screen = await Terminal(
+        "usage", "prune", "--before", "2026-01-03", "--batch-size", "1", url=database_url
+    ).ended()
     assert code == 0, screen
     assert "2/2" in screen
     assert screen.splitlines()[-1] == "Deleted 2 call(s); they are kept from 2026-01-03 on."
-    code, screen = await Terminal("verify", url=database_url).ended()
+    code, screen = await Terminal("usage", "verify", url=database_url).ended()
     assert code == 1
     assert r"2026-01-03 ada \x1b[31mred: 9 tokens of 1 call(s) are summed, 1 of 1 are there" in screen
