@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator
 
 import argon2
+import hypothesis
 import pytest
 import pytest_asyncio
 
@@ -18,6 +19,24 @@ from kitrocket import passwords
 from kitrocket.engine import Engine
 from kitrocket.testing import ManualClock, PostgresServer
 from servers import Server
+
+#: What a developer's shell, or a CI that colours its log, may say and no test may depend on.
+_STRANGE = ("DATABASE_", "DODO_PAYMENTS_", "KITROCKET_", "PG", "PICCOLO_CONF", "NO_COLOR", "FORCE_COLOR", "PY_COLORS")
+_STRANGE += ("CLICOLOR", "COLUMNS", "LINES", "TTY_", "TERMINAL_WIDTH", "GITHUB_ACTIONS", "_TYPER_", "TYPER_")
+_WANTED = ("KITROCKET_TEST_", "KITROCKET_SCALE_", "KITROCKET_SCREENSHOT", "PGPASS", "PGSSL")
+
+for _name in [name for name in os.environ if name.startswith(_STRANGE) and not name.startswith(_WANTED)]:
+    del os.environ[_name]
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+os.umask(0o022)
+
+# A busy machine takes as long as it takes; fixtures that hypothesis sees are those of one test.
+hypothesis.settings.register_profile(
+    "kitrocket",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("kitrocket")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -104,9 +123,8 @@ def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> argon2.PasswordHasher:
 
 
 @pytest_asyncio.fixture
-async def dodo(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[DodoServer]:
+async def dodo() -> AsyncIterator[DodoServer]:
     """A provider to ask, on loopback."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = DodoServer()
     async with server.running():
         yield server

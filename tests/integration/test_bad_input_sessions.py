@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factories import AT, make_session, make_user
@@ -110,7 +110,7 @@ async def test_every_public_method_is_tried() -> None:
 
 @pytest.mark.parametrize("tokens", ["digest", "digest+plain"])
 @pytest.mark.parametrize("name", METHODS)
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50)
 @given(data=st.data())
 async def test_junk_is_a_typed_error_or_nothing_and_changes_nothing(
     engine: Engine, clock: ManualClock, name: str, tokens: TokenStorage, data: st.DataObject

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from cryptography.fernet import Fernet
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from factories import AT, make_account, make_session, make_user
@@ -211,7 +211,7 @@ def examples(function: Any) -> Any:
 
 
 @examples
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12)
 @given(junk=JUNK)
 async def test_junk_in_any_argument_changes_nothing(bench: KitRocket, junk: object) -> None:
     tokens = {

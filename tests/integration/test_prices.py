@@ -12,7 +12,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factories import make_usage, make_user
@@ -245,7 +245,7 @@ PRICES = st.dictionaries(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(calls=CALLS, prices=PRICES, cut=st.integers(0, 6 * 24 * 3600))
 async def test_the_parts_add_up_to_the_whole(
     usage: UsageService, engine: Engine, calls: list[Any], prices: dict[Any, Decimal], cut: int

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factories import make_usage, make_user
@@ -87,7 +87,7 @@ class Oracle:
         return None
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(rows=ROWS, held=HELD, limits=LIMITS, tokens=st.integers(0, 60))
 async def test_a_decision_says_what_trying_every_instant_says(
     engine: Engine,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import anyio.to_thread
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factories import make_user
@@ -106,7 +106,7 @@ async def test_the_oracle_tells_what_an_orderly_delivery_makes(engine: Engine) -
     assert await rows_of(engine) == expected_rows(world)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32), order=st.randoms(use_true_random=False), again=st.lists(st.integers(0, 13), max_size=6)
 )

@@ -168,7 +168,7 @@ class TestOrderKey:
             assert (self.key(at).encode() < self.key(other).encode()) == (at < other)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(family=st.sampled_from(["subscription", "payment", "refund", "dispute", "x"]), data=st.data())
 def test_no_data_raises(family: str, data: st.DataObject) -> None:
     fields = sorted({*SubscriptionSnapshot.model_fields, *PaymentState.model_fields, "refund_id", "dispute_id"})
@@ -179,7 +179,7 @@ def test_no_data_raises(family: str, data: st.DataObject) -> None:
         assert len(content.order_key(AT)) == 147
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(envelope=_JSON)
 def test_no_envelope_raises_another_error(envelope: Any) -> None:
     with contextlib.suppress(WebhookPayloadError):

@@ -289,7 +289,7 @@ _SNAPSHOTS = st.builds(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(snapshot=_SNAPSHOTS, now=_INSTANTS, policy=st.sampled_from([POLICY, SUSPEND, Policy(honour_paid_period=False)]))
 def test_what_holds_for_every_snapshot(snapshot: Snapshot, now: datetime, policy: Policy) -> None:
     found = view(snapshot, now, policy)
@@ -306,7 +306,7 @@ def test_what_holds_for_every_snapshot(snapshot: Snapshot, now: datetime, policy
         assert view(snapshot, now + 400 * DAY, policy) == found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(snapshots=st.lists(_SNAPSHOTS, max_size=3), now=_INSTANTS)
 def test_row_and_access_agree_in_any_order(snapshots: list[Snapshot], now: datetime) -> None:
     unique = list({item.subscription_id: item for item in snapshots}.values())

@@ -239,7 +239,7 @@ def by_walking(since: datetime, until: datetime, by: Grain, zone: ZoneInfo) -> l
 INSTANTS = st.datetimes(datetime(2004, 1, 1), datetime(2027, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - bounds are naive
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     zone=st.sampled_from(ZONES),
     since=INSTANTS,
@@ -254,7 +254,7 @@ def test_the_buckets_are_those_of_the_clock_on_the_wall(
     assert found == by_walking(since, since + length, by, ZoneInfo(zone))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     zone=st.sampled_from(ZONES),
     since=INSTANTS,
