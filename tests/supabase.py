@@ -8,23 +8,29 @@ from contextlib import asynccontextmanager
 import asyncpg
 
 from kitrocket.engine import Engine
+from servers import Server
 
 ROLES = ("anon", "authenticated")
 
 
 @asynccontextmanager
-async def roles(engine: Engine) -> AsyncIterator[None]:
-    """Make the roles, as large as the server, until the block is left."""
-    async with engine.direct() as connection:
-        for role in ROLES:
-            await connection.execute(f"CREATE ROLE {role} NOLOGIN")
+async def roles(engine: Engine, server: Server) -> AsyncIterator[None]:
+    """Make the roles until the block is left. They are the server's, which several workers may share: one at a time."""
+    turn = await asyncpg.connect(server.direct.url("postgres"))
     try:
-        yield
-    finally:
+        await turn.execute("SELECT pg_advisory_lock(hashtext('roles'))")
         async with engine.direct() as connection:
             for role in ROLES:
-                await connection.execute(f"DROP OWNED BY {role}")
-                await connection.execute(f"DROP ROLE {role}")
+                await connection.execute(f"CREATE ROLE {role} NOLOGIN")
+        try:
+            yield
+        finally:
+            async with engine.direct() as connection:
+                for role in ROLES:
+                    await connection.execute(f"DROP OWNED BY {role}")
+                    await connection.execute(f"DROP ROLE {role}")
+    finally:
+        await turn.close()
 
 
 async def grant_everything(engine: Engine) -> None:

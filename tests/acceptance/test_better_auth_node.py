@@ -26,6 +26,7 @@ from kitrocket.inputs import email, normalised_email
 from kitrocket.kit import KitRocket
 from kitrocket.migrations import find_exposed, protect
 from kitrocket.settings import Settings
+from servers import Server
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.node, pytest.mark.direct, pytest.mark.timeout(180)]
 
@@ -287,8 +288,10 @@ async def test_drizzle_sees_no_difference(kit: KitRocket, database_url: str, eng
         assert (await columns(connection), await constraints(connection), await indexes(connection)) == before
 
 
-async def test_drizzle_keeps_what_was_protected(kit: KitRocket, database_url: str, engine: Engine) -> None:
-    async with roles(engine):
+async def test_drizzle_keeps_what_was_protected(
+    kit: KitRocket, database_url: str, engine: Engine, server: Server
+) -> None:
+    async with roles(engine, server):
         await grant_everything(engine)
         await protect(engine)
         assert "No changes detected" in push(database_url)
@@ -296,10 +299,10 @@ async def test_drizzle_keeps_what_was_protected(kit: KitRocket, database_url: st
 
 
 async def test_row_level_security_that_drizzle_switches_off_was_not_the_only_lock(
-    kit: KitRocket, database_url: str, engine: Engine
+    kit: KitRocket, database_url: str, engine: Engine, server: Server
 ) -> None:
     await kit.users.create(email=EMAIL, name="Ada", password=PASSWORD)
-    async with roles(engine):
+    async with roles(engine, server):
         await grant_everything(engine)
         await protect(engine)
         with changed_schema(lambda text: text.replace(".enableRLS()", "")) as folder:

@@ -15,6 +15,7 @@ from kitrocket.better_auth import migrate_better_auth
 from kitrocket.engine import Engine
 from kitrocket.errors import MigrationError
 from kitrocket.migrations import find_exposed, protect
+from servers import Server
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
 
@@ -22,12 +23,12 @@ ALL = [*SEED_TABLES, "verification", "migration"]
 
 
 @pytest_asyncio.fixture
-async def supabase(engine: Engine) -> AsyncIterator[Engine]:
+async def supabase(engine: Engine, server: Server) -> AsyncIterator[Engine]:
     """A filled database as Supabase has it: its roles, and its grants on every table that is made."""
     await migrate_better_auth(engine)
     async with engine.direct() as connection:
         await fill(connection)
-    async with roles(engine):
+    async with roles(engine, server):
         await grant_everything(engine)
         yield engine
 
