@@ -96,7 +96,7 @@ def _running(url: str, address: str) -> Iterator[subprocess.Popen[str]]:
         finally:
             running.terminate()
             try:
-                running.wait(timeout=10)
+                running.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 running.kill()
 

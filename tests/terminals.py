@@ -36,4 +36,4 @@ class Terminal:
         except OSError:  # how Linux says that nobody writes to it any more
             pass
         os.close(self._screen)
-        return self.process.wait(timeout=20), re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown.decode())
+        return self.process.wait(timeout=60), re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", shown.decode())

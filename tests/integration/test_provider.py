@@ -38,19 +38,18 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.asyncio
 async def test_at_most_ten_requests_a_second(dodo: DodoServer) -> None:
+    # Counted from before the first is sent: how long that one takes to arrive is the machine's affair.
     async with Provider(api_key="key", base_url=dodo.url) as provider:
+        began = anyio.current_time()
         async with anyio.create_task_group() as group:
             for _ in range(5):
                 group.start_soon(provider.subscription, "sub_1")
-        # A request may take a little longer to arrive than the one before it.
-        assert dodo.instants[-1] - dodo.instants[0] > 0.4 - 0.02
+        assert dodo.instants[-1] - began >= 0.4
     async with Provider(api_key="key", base_url=dodo.url, requests_per_second=100) as provider:
-        # The first takes its time, as it connects.
-        await provider.page(0, NOW)
-        dodo.instants.clear()
+        began = anyio.current_time()
         for _ in range(21):
             await provider.page(0, NOW)
-    assert dodo.instants[-1] - dodo.instants[0] > 0.2 - 0.02
+    assert dodo.instants[-1] - began >= 0.2
 
 
 @pytest.mark.usefixtures("impatient")
@@ -115,12 +114,15 @@ async def test_a_slow_answer_is_not_waited_for(dodo: DodoServer) -> None:
             await released.wait()
 
     dodo.trouble = slowly
-    timeout = timedelta(milliseconds=100)
-    async with Provider(api_key="key", base_url=dodo.url, requests_per_second=1000, timeout=timeout) as provider:
-        assert await provider.page(0, NOW) == []
-        with pytest.raises(ProviderError, match="cannot be reached: check DODO_PAYMENTS_BASE_URL"):
-            await provider.page(0, NOW)
-    assert len(dodo.requests) == 2 + 6
+    for seconds, requests in ((1.0, 2), (0.05, 6)):
+        timeout = timedelta(seconds=seconds)
+        async with Provider(api_key="key", base_url=dodo.url, requests_per_second=1000, timeout=timeout) as provider:
+            if requests == 2:
+                assert await provider.page(0, NOW) == []
+            else:
+                with pytest.raises(ProviderError, match="cannot be reached: check DODO_PAYMENTS_BASE_URL"):
+                    await provider.page(0, NOW)
+            assert provider.requests == requests
     released.set()
 
 

@@ -208,7 +208,7 @@ async def test_of_eight_conflicting_tasks_one_wins(usage: UsageService, engine: 
 
 async def is_waiting(engine: Engine) -> None:
     """Return once a connection of this database waits for a lock."""
-    with anyio.fail_after(10):
+    with anyio.fail_after(30):
         while not await engine.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         ):

@@ -420,7 +420,7 @@ async def test_a_kit_exports_in_the_background_and_wants_the_outbox_filled(
     caplog.set_level(logging.ERROR)
     async with KitRocket(settings, engine=desk.engine, clock=desk.clock) as kit:
         record = await kit.usage.record(user_id, tokens=5, model=MODEL)
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             await accepted.wait()
     assert desk.billed_once([record.id])
     assert caplog.text == ""
