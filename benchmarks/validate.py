@@ -1,6 +1,6 @@
 """How fast a session is checked, beside raw asyncpg, a default pool, four ORMs and Better Auth.
 
-    python benchmarks/validate.py
+    python benchmarks/validate.py [--loop asyncio|uvloop]
 
 All ask the same embedded PostgreSQL for 100,000 sessions of 20,000 users, one token after the other in each task. The
 rounds are interleaved: each runs every contender, in an order that rotates, and gives a ratio for every pair; what is
@@ -18,6 +18,9 @@ printed are medians of these, so that other load on the machine slows all alike.
 * better auth: its ``auth.api.getSession`` on node with a signed cookie, set up as in ``examples/better-auth``, on the
   ten connections of its default pool.
 
+``--loop`` is the event loop under all of them that are Python; by default the one that ``kitrocket serve`` takes, which
+is uvloop's where that is installed.
+
 The peers on node are measured where it and their packages are: ``npm install --no-package-lock`` in
 ``examples/better-auth``, or ``make test-better-auth``. They run in one process beside this one, told round by round
 what to do (``validate_peers.mjs``), and time themselves. They are warmed up until node has compiled them, and node
@@ -28,10 +31,12 @@ It exits with 1 when a goal is missed.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import gc
 import json
 import os
+import platform
 import random
 import shutil
 import statistics
@@ -63,6 +68,7 @@ from kitrocket.clock import to_db, utc_now
 from kitrocket.embedded import EmbeddedServer
 from kitrocket.engine import Engine
 from kitrocket.migrations import migrate
+from kitrocket.server import loop_factory
 from kitrocket.sessions import SessionService
 from kitrocket.sql import statements
 from kitrocket.tables import Sessions
@@ -442,9 +448,10 @@ def p99(entry: Contender, tasks: int) -> float:
     return statistics.quantiles(entry.delays[tasks], n=100)[98]
 
 
-def report(entries: list[Contender]) -> bool:
+def report(entries: list[Contender], loop: str) -> bool:
     """Print the figures; return whether every goal is reached."""
     mine, by_name = entries[0], {entry.name: entry for entry in entries}
+    print(f"Python {platform.python_version()} on the event loop of {loop}")
     print(f"{ROUNDS} rounds, medians{'':8}{'one task':>20}{f'{TASKS} tasks':>44}")
     print(f"{'':16}" + f"{'checks/s':>12}{'p99 µs':>12}{'kitrocket is':>16}" * 2)
     for entry in entries:
@@ -477,14 +484,20 @@ async def compare(folder: Path) -> bool:
             await measure(entries)
     finally:
         await server.arelease()
-    return report(entries)
+    return report(entries, type(asyncio.get_running_loop()).__module__.partition(".")[0])
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="How fast a session is checked.")
+    parser.add_argument("--loop", choices=["asyncio", "uvloop"], help="default: what kitrocket serve takes")
+    chosen = parser.parse_args().loop
+    factory = None if chosen == "asyncio" else loop_factory()
+    if chosen == "uvloop" and factory is None:
+        parser.error("uvloop is not installed")
     with tempfile.TemporaryDirectory(prefix="kitrocket-benchmark-") as name:
         folder = Path(name)
         folder.chmod(0o755)  # root starts the server under another account
-        return 0 if anyio.run(compare, folder) else 1
+        return 0 if anyio.run(compare, folder, backend_options={"loop_factory": factory}) else 1
 
 
 if __name__ == "__main__":

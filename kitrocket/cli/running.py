@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
@@ -24,10 +25,12 @@ remarks = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
-def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+def run(
+    work: Callable[[], Coroutine[Any, Any, T]], *, loop_factory: Callable[[], AbstractEventLoop] | None = None
+) -> T:
     """Run a command's coroutine. A lone error comes out of its task group, Ctrl-C is exit code 130."""
     try:
-        return anyio.run(work)
+        return anyio.run(work, backend_options={"loop_factory": loop_factory})
     except BaseExceptionGroup as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:

@@ -45,7 +45,7 @@ def serve(
 
     if with_studio:
         _quiet(host)
-    run(partial(server.serve, app, listener, on_started=say))
+    run(partial(server.serve, app, listener, on_started=say), loop_factory=server.loop_factory())
 
 
 def studio(
@@ -79,7 +79,7 @@ def studio(
             app = server.create_app(kit, studio=True)
             await server.serve(app, listener, on_started=say, log_level="warning")
 
-    run(work)
+    run(work, loop_factory=server.loop_factory())
 
 
 def demo(
@@ -90,8 +90,9 @@ def demo(
     if serve:
         _quiet("127.0.0.1")
     from kitrocket.demo import run_demo
+    from kitrocket.server import loop_factory
 
-    sys.exit(run(partial(run_demo, serve=serve, port=port)))
+    sys.exit(run(partial(run_demo, serve=serve, port=port), loop_factory=loop_factory()))
 
 
 def _has_studio() -> bool:

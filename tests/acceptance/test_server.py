@@ -309,11 +309,27 @@ async def test_metrics_say_how_much_usage_waits_for_its_export(engine: Engine, c
 # -- the process ------------------------------------------------------------------------------------------------------
 
 
+#: Has a process say on which event loop it opens its engine.
+TELL_LOOP = """
+import asyncio, sys
+from kitrocket import Engine
+open_engine = Engine.open
+async def tell(engine):
+    print("served on", type(asyncio.get_running_loop()).__module__, file=sys.stderr)
+    await open_engine(engine)
+Engine.open = tell
+"""
+
+
 @contextmanager
-def process(database_url: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """``kitrocket serve`` in a process of its own, and its port. It is killed when the block is left."""
+def process(database_url: str, *arguments: str, before: str = "") -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """``kitrocket serve`` in a process of its own, and its port. It is killed when the block is left.
+
+    ``before`` is code that runs there first.
+    """
     environment = os.environ | {"DATABASE_URL": database_url, "DODO_PAYMENTS_WEBHOOK_KEY": KEY}
-    command = [sys.executable, "-c", "from kitrocket.cli import main; main()", "serve", "--port", "0", *arguments]
+    code = f"{before}\nfrom kitrocket.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--port", "0", *arguments]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
@@ -358,9 +374,17 @@ async def test_sigterm_finishes_what_is_in_flight_and_exits_0_soon(engine: Engin
 
 
 @pytest.mark.direct
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_request_that_never_ends_does_not_hold_it_up(database_url: str, number: signal.Signals) -> None:
-    with process(database_url, "--no-studio") as (running, port):
+@pytest.mark.parametrize(
+    ("number", "before", "loop"),
+    [
+        (signal.SIGTERM, "", "uvloop"),
+        (signal.SIGINT, "import sys; sys.modules['uvloop'] = None  # as if it were missing\n", "asyncio.unix_events"),
+    ],
+)
+async def test_a_request_that_never_ends_does_not_hold_it_up_on_either_event_loop(
+    database_url: str, number: signal.Signals, before: str, loop: str
+) -> None:
+    with process(database_url, "--no-studio", before=before + TELL_LOOP) as (running, port):
         async with await anyio.connect_tcp("127.0.0.1", port) as stream:
             await stream.send(
                 b"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"
@@ -368,6 +392,10 @@ async def test_a_request_that_never_ends_does_not_hold_it_up(database_url: str, 
             assert b"100" in await stream.receive()
             running.send_signal(number)
             assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=SOON)) == 0
+        assert running.stderr is not None
+        first, second, *_ = running.stderr.read().splitlines()
+        assert first == f"served on {loop}"
+        assert second.endswith(f"Started server process [{running.pid}]")
     assert kitrocket.server._DRAIN_LIMIT == 3
 
 

@@ -245,7 +245,7 @@ async def test_of_many_callers_in_two_processes_one_asks(
         *(sys.executable, "-c", OTHER_PROCESS, database_url, user_id, str(asked), AT.isoformat()),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env=os.environ,
+        env=dict(os.environ),
     )
     assert other.stdin is not None
     assert other.stdout is not None

@@ -71,6 +71,8 @@ def test_importing_kitrocket_imports_no_framework() -> None:
             "dodopayments",
             "typer",
             "rich",
+            "uvicorn",
+            "uvloop",
         }
     )
 
