@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     #: Webhook keys (``whsec_…``): one or several, any may match.
     dodo_payments_webhook_key: Annotated[list[SecretStr], NoDecode] = []
     dodo_payments_api_key: SecretStr | None = None
-    dodo_payments_base_url: str | None = None
+    dodo_payments_base_url: SecretStr | None = None
     #: Product id → plan.
     dodo_products: dict[str, str] = {}
     #: The plans, lowest first.
@@ -175,7 +175,13 @@ class Settings(BaseSettings):
         return float(value) if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value) else value
 
     @field_validator(
-        "database_url", "database_direct_url", "secret", "dodo_payments_api_key", "usage_export_event", mode="before"
+        "database_url",
+        "database_direct_url",
+        "secret",
+        "dodo_payments_api_key",
+        "dodo_payments_base_url",
+        "usage_export_event",
+        mode="before",
     )
     @classmethod
     def _empty_is_unset(cls, value: Any) -> Any:

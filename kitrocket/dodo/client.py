@@ -29,7 +29,7 @@ def _tls() -> ssl.SSLContext:
 
 
 def make_client(
-    *, api_key: str | SecretStr, base_url: str | None, timeout_seconds: float
+    *, api_key: str | SecretStr, base_url: str | SecretStr | None, timeout_seconds: float
 ) -> dodopayments.AsyncDodoPayments:
     """Return a client that tries nothing again by itself; whoever makes it closes it.
 
@@ -40,7 +40,7 @@ def make_client(
         raise ConfigurationError("DODO_PAYMENTS_API_KEY: it is empty or has characters that no key has")
     return dodopayments.AsyncDodoPayments(
         bearer_token=token,
-        base_url=base_url,
+        base_url=base_url.get_secret_value() if isinstance(base_url, SecretStr) else base_url,
         max_retries=0,
         timeout=timeout_seconds,
         http_client=dodopayments.DefaultAsyncHttpxClient(verify=_tls()),

@@ -43,7 +43,7 @@ class Answer:
 class Ingest:
     """The provider's door for usage events. ``async with`` it."""
 
-    def __init__(self, *, api_key: str | SecretStr, base_url: str | None = None) -> None:
+    def __init__(self, *, api_key: str | SecretStr, base_url: str | SecretStr | None = None) -> None:
         self._client = make_client(api_key=api_key, base_url=base_url, timeout_seconds=REQUEST_LIMIT)
 
     async def __aenter__(self) -> Self:

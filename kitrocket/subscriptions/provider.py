@@ -34,7 +34,7 @@ class Provider:
         self,
         *,
         api_key: str | SecretStr,
-        base_url: str | None = None,
+        base_url: str | SecretStr | None = None,
         requests_per_second: float = 10.0,
         timeout: timedelta = timedelta(seconds=20),
     ) -> None:

@@ -113,7 +113,7 @@ class SubscriptionService:
         max_attempts: int = 8,
         retention_days: int = 90,
         api_key: str | SecretStr | None = None,
-        base_url: str | None = None,
+        base_url: str | SecretStr | None = None,
         requests_per_second: float = 10.0,
         jitter: Callable[[], float] = random.random,
     ) -> None:

@@ -72,7 +72,7 @@ class Exporter:
         event: str | None,
         late: Literal["restamp", "park"],
         api_key: str | SecretStr | None,
-        base_url: str | None,
+        base_url: str | SecretStr | None,
     ) -> None:
         self._engine = engine
         self._clock = clock

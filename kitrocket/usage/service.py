@@ -96,7 +96,7 @@ class UsageService:
         export_event: str | None = None,
         export_late: Literal["restamp", "park"] = "restamp",
         api_key: str | SecretStr | None = None,
-        base_url: str | None = None,
+        base_url: str | SecretStr | None = None,
     ) -> None:
         self._engine = engine
         self._clock = clock

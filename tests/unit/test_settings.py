@@ -62,6 +62,22 @@ def test_secrets_stay_out_of_the_repr(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hunter2" not in repr(Settings())
 
 
+@pytest.mark.parametrize("variable", ["DATABASE_URL", "DATABASE_DIRECT_URL", "DODO_PAYMENTS_BASE_URL"])
+def test_an_address_may_hold_a_secret_and_an_empty_one_is_none(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    assert {name.upper() for name in Settings.model_fields if name.endswith("_url")} == {
+        "DATABASE_URL",
+        "DATABASE_DIRECT_URL",
+        "DODO_PAYMENTS_BASE_URL",
+    }
+    monkeypatch.setenv(variable, "https://ada:hunter2@127.0.0.1/app")
+    settings = Settings()
+    assert "hunter2" not in repr(settings) + settings.model_dump_json()
+    found = getattr(settings, variable.lower())
+    assert found.get_secret_value() == "https://ada:hunter2@127.0.0.1/app"
+    monkeypatch.setenv(variable, "")
+    assert getattr(Settings(), variable.lower()) is None
+
+
 def test_better_auths_secrets_are_a_list_that_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KITROCKET_BETTER_AUTH_SECRET", "new-secret, old-secret")
     settings = Settings()
