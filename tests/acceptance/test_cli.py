@@ -16,6 +16,7 @@ import pytest
 
 import factories
 from factories import AT
+from kitrocket.clock import to_db, utc_now
 from kitrocket.engine import Engine
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
@@ -135,8 +136,9 @@ async def test_usage_is_reported(engine: Engine, database_url: str) -> None:
     user = await factories.make_user(engine, id="heavy")
     await engine.fetch(
         "INSERT INTO usage (id, user_id, tokens_used, model, created_at)"
-        " SELECT 'g' || n, $1, 1000, 'm' || n % 2, now()::timestamp - interval '1 hour' FROM generate_series(1, 5) n",
+        " SELECT 'g' || n, $1, 1000, 'm' || n % 2, $2 FROM generate_series(1, 5) n",
         user,
+        to_db(utc_now() - timedelta(hours=1)),
     )
     code, out, _ = await kitrocket("usage", "report", url=database_url)
     assert code == 0

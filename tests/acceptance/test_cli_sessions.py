@@ -15,6 +15,7 @@ from racing import until_someone_waits
 from terminals import Terminal
 
 import factories
+from kitrocket.clock import to_db, utc_now
 from kitrocket.engine import Engine
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
@@ -38,12 +39,13 @@ async def fill(engine: Engine, *, expired: int, live: int) -> None:
         await engine.fetch(
             "INSERT INTO sessions (id, user_id, token, expires_at, created_at)"
             " SELECT $1::text || i, $2, md5($1::text || i), $4::text::timestamp,"
-            "        CASE $1 WHEN 'live' THEN (now() AT TIME ZONE 'UTC') ELSE '2020-01-01' END"
+            "        CASE $1 WHEN 'live' THEN $5 ELSE timestamp '2020-01-01' END"
             " FROM generate_series(1, $3::integer) i",
             kind,
             user_id,
             count,
             expires_at,
+            to_db(utc_now()),
         )
 
 
