@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import math
+import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from datetime import datetime, timedelta
@@ -224,8 +225,9 @@ class SessionService:
 
         It stops after ``limit`` rows, and starts no batch once ``budget`` is spent, though always one; ``more`` then
         says whether rows are left. ``report`` is called after each batch with the number deleted so far: what is
-        reported stays deleted, whatever cancels the sweep. Any number of sweepers may run at once. Where others write
-        sessions too (``tokens`` is not ``"digest"``) it also looks for those past their cap.
+        reported stays deleted, whatever cancels the sweep. Any number of sweepers may run at once: one that meets
+        another goes on further up, and comes back for the older ones later. Where others write sessions too (``tokens``
+        is not ``"digest"``) it also looks for those past their cap.
         """
         now = db_now(self._clock)
         most = math.inf if limit is None else inputs.whole_number("limit", limit, min=1)
@@ -237,20 +239,22 @@ class SessionService:
         deleted = batches = 0
         stopped = False
         for sql, horizon in ((_SQL["delete_expired"], now), (_SQL["delete_outlived"], oldest)):
-            after: datetime | None = None
+            stretches: list[tuple[datetime | None, datetime]] = []
             idle = 0
             while horizon is not None and not stopped and idle < _PATIENCE:
+                # What came up behind the batches, or was skipped, or changed as it was locked, is found from the start.
+                begin, end = stretches.pop() if stretches else (None, horizon)
                 wanted = int(min(batch_size, most - deleted))
-                row = await self._engine.fetchrow(sql, horizon, wanted, own, after)
+                row = await self._engine.fetchrow(sql, end, wanted, own, begin)
                 assert row is not None
-                gone, found, last, _ = row
-                if after is None and not found:
+                gone, found, last, skipped, _ = row
+                if begin is None and not found:
                     break
-                # What came up behind the batches, or was changed as it was locked, is found from the start again.
-                after = last if found == wanted else None
+                if found == wanted:
+                    stretches += _rest(last, end, shared=skipped)
                 deleted += gone
                 batches += gone > 0
-                idle = 0 if gone else idle + 1
+                idle = 0 if gone else idle + (found > 0)
                 if report is not None and gone:
                     report(deleted)
                 stopped = deleted >= most or anyio.current_time() >= stop_at
@@ -345,6 +349,14 @@ def _session_with_user(row: asyncpg.Record) -> SessionWithUser:
             "refreshed": refreshed,
         }
     )
+
+
+def _rest(last: datetime, end: datetime, *, shared: bool) -> list[tuple[datetime, datetime]]:
+    """Return what is left to sweep of a stretch, the next part last. One that is shared with others is cut in two."""
+    if not shared:
+        return [(last, end)]
+    cut = last + (end - last) * random.uniform(0.25, 0.75)  # noqa: S311 - so that not all go to the same place
+    return [(last, cut), (cut, end)]
 
 
 def _seconds(field: str, budget: timedelta | None) -> float:

@@ -257,15 +257,16 @@ FROM (SELECT 1) AS one
 LEFT JOIN kept k ON true;
 
 -- name: delete_expired
--- Deletes one batch of expired sessions, oldest first; answers how many went, how many it found, and the expiry of the
--- last. Rows that another holds are skipped: other sweepers take other rows. The CTE is materialised, since a bare
--- IN (… LIMIT) can run again per row and exceed the limit; the condition is repeated, since a row may have been extended
--- before it was locked. A row that is locked stays where it is, so it is deleted by its place. One that was changed
--- between snapshot and lock has another place, which this snapshot does not show: it is found, but doesn't go yet.
--- A batch begins where the one before left off, or it would read all the index entries again that the others killed.
--- When the transaction is the batch's own, its commit doesn't wait for the disk: a batch that a crash loses is swept
--- again.
--- $1 now, $2 number of rows, $3 whether the transaction is the batch's own, $4 the expiry to begin at, NULL: the oldest
+-- Deletes one batch of expired sessions, oldest first; answers how many went, how many it found, the expiry of the last,
+-- and whether it skipped older ones, which others hold: other sweepers take other rows. The CTE is materialised, since a
+-- bare IN (… LIMIT) can run again per row and exceed the limit; the condition is repeated, since a row may have been
+-- extended before it was locked. A row that is locked stays where it is, so it is deleted by its place. One that was
+-- changed between snapshot and lock has another place, which this snapshot does not show: it is found, but doesn't go
+-- yet. A batch begins where the one before left off, or it would read all the index entries again that the others
+-- killed. When the transaction is the batch's own, its commit doesn't wait for the disk: a batch that a crash loses is
+-- swept again.
+-- $1 the expiry to end at: now, or before; $2 number of rows, $3 whether the transaction is the batch's own, $4 the
+-- expiry to begin at, NULL: the oldest
 WITH expired AS MATERIALIZED (
     SELECT s.ctid AS place, s.expires_at
     FROM sessions s
@@ -279,12 +280,18 @@ WITH expired AS MATERIALIZED (
 SELECT (SELECT count(*) FROM gone) AS gone,
        (SELECT count(*) FROM expired) AS found,
        (SELECT max(expires_at) FROM expired) AS last,
+       (
+           SELECT min(s.expires_at)
+           FROM sessions s
+           WHERE s.expires_at >= coalesce($4::timestamp, '-infinity')
+             AND s.expires_at < (SELECT min(expires_at) FROM expired)
+       ) IS NOT NULL AS skipped,
        CASE WHEN $3::boolean THEN set_config('synchronous_commit', 'off', true) END;
 
 -- name: delete_outlived
 -- As delete_expired, for sessions past their cap, which only another writer keeps beyond it.
--- $1 now - max_lifetime, $2 number of rows, $3 whether the transaction is the batch's own, $4 the creation to begin at,
--- NULL: the oldest
+-- $1 the creation to end at: now - max_lifetime, or before; $2 number of rows, $3 whether the transaction is the batch's
+-- own, $4 the creation to begin at, NULL: the oldest
 WITH outlived AS MATERIALIZED (
     SELECT s.ctid AS place, s.created_at
     FROM sessions s
@@ -298,6 +305,12 @@ WITH outlived AS MATERIALIZED (
 SELECT (SELECT count(*) FROM gone) AS gone,
        (SELECT count(*) FROM outlived) AS found,
        (SELECT max(created_at) FROM outlived) AS last,
+       (
+           SELECT min(s.created_at)
+           FROM sessions s
+           WHERE s.created_at >= coalesce($4::timestamp, '-infinity')
+             AND s.created_at < (SELECT min(created_at) FROM outlived)
+       ) IS NOT NULL AS skipped,
        CASE WHEN $3::boolean THEN set_config('synchronous_commit', 'off', true) END;
 
 -- name: any_expired

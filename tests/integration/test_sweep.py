@@ -35,17 +35,18 @@ def sessions(engine: Engine, clock: ManualClock) -> SessionService:
     return SessionService(engine, clock=clock)
 
 
-async def fill(engine: Engine, clock: ManualClock, *, expired: int, live: int) -> None:
+async def fill(engine: Engine, clock: ManualClock, *, expired: int, live: int, apart: timedelta = MILLISECOND) -> None:
     user_id = await make_user(engine)
     for prefix, count, expires_at in (("expired", expired, clock.now - DAY), ("live", live, clock.now + DAY)):
         await engine.fetch(
             "INSERT INTO sessions (id, user_id, token, expires_at, created_at)"
-            " SELECT $2 || i, $1, $2 || i, $4::timestamp + i * interval '1 millisecond', $4::timestamp - interval '7 d'"
+            " SELECT $2 || i, $1, $2 || i, $4::timestamp + i * $5::interval, $4::timestamp - interval '7 d'"
             " FROM generate_series(1, $3::integer) i",
             user_id,
             prefix,
             count,
             to_db(expires_at),
+            apart,
         )
 
 
@@ -84,14 +85,17 @@ async def test_what_has_expired_goes_and_what_lives_stays(
     assert [record.message for record in caplog.records] == ["swept 10000 expired sessions in 10 batches"]
 
 
-async def test_four_sweepers_delete_each_row_once(server: Server, database: str, clock: ManualClock) -> None:
+@pytest.mark.parametrize("apart", [MILLISECOND, DAY / 10_000, 0 * SECOND], ids=["close", "spread", "at one instant"])
+async def test_four_sweepers_delete_each_row_once(
+    server: Server, database: str, clock: ManualClock, apart: timedelta
+) -> None:
     results: list[SweepResult] = []
 
     async def sweep(service: SessionService) -> None:
         results.append(await service.delete_expired(batch_size=100))
 
     async with server.engine(database) as engine:
-        await fill(engine, clock, expired=10_000, live=1_000)
+        await fill(engine, clock, expired=10_000, live=1_000, apart=apart)
         await warm_up(engine)
         service = SessionService(engine, clock=clock)
         async with anyio.create_task_group() as group:
@@ -174,6 +178,42 @@ async def test_a_row_that_another_holds_is_left_for_later(
         with anyio.fail_after(30):
             assert (await sessions.delete_expired(batch_size=5)).deleted == 19
     assert (await sessions.delete_expired()).deleted == 1
+
+
+async def test_a_sweeper_that_meets_another_goes_on_elsewhere_and_comes_back(
+    engine: Engine,
+    sessions: SessionService,
+    clock: ManualClock,
+    other: asyncpg.Connection[asyncpg.Record],
+) -> None:
+    await fill(engine, clock, expired=200, live=0, apart=DAY / 200)
+    numbers = "SELECT substr(id, 8)::integer AS number FROM sessions ORDER BY 1"
+    async with other.transaction():
+        # The batch of another sweeper, which it has not committed.
+        await other.execute("SELECT FROM sessions ORDER BY expires_at LIMIT 5 FOR UPDATE")
+        assert await sessions.delete_expired(limit=10, batch_size=5) == SweepResult(deleted=10, batches=2, more=True)
+        gone = sorted(set(range(1, 201)) - {row["number"] for row in await engine.fetch(numbers)})
+        assert gone[:5] == [6, 7, 8, 9, 10]
+        assert gone[5:] == list(range(gone[5], gone[5] + 5))
+        assert 50 < gone[5] < 160  # one in the other's way would take 11
+        assert (await sessions.delete_expired(batch_size=5)).deleted == 185
+        assert [row["number"] for row in await engine.fetch(numbers)] == [1, 2, 3, 4, 5]
+
+
+async def test_parts_in_which_others_hold_every_row_do_not_end_a_sweep(
+    engine: Engine,
+    sessions: SessionService,
+    clock: ManualClock,
+    other: asyncpg.Connection[asyncpg.Record],
+) -> None:
+    await fill(engine, clock, expired=200, live=2, apart=DAY / 200)
+    free = ["expired2", "expired190", "expired198", "expired4"]  # three parts without one before it comes back to 4
+    async with other.transaction():
+        await other.execute("SELECT FROM sessions WHERE id <> ALL ($1) FOR UPDATE", free)
+        with anyio.fail_after(5):
+            assert (await sessions.delete_expired(batch_size=1)).deleted == 4
+    assert (await sessions.delete_expired()).deleted == 196
+    assert await left(engine) == {"live": 2}
 
 
 async def test_a_row_that_is_extended_meanwhile_stays(
