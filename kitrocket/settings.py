@@ -106,7 +106,14 @@ class Settings(BaseSettings):
     webhook_max_bytes: int = Field(default=2_097_152, ge=1)
     #: How many deliveries the endpoint works on at once in a process; further ones wait for up to 5 s, then get 503.
     webhook_concurrency: int = Field(default=8, ge=1, le=1000)
-    webhook_max_attempts: int = Field(default=8, ge=1)
+    #: How often an event is tried; the shorter name does too, or what it says in the environment would not be noticed.
+    webhook_max_attempts: int = Field(
+        default=8,
+        ge=1,
+        validation_alias=AliasChoices(
+            *_variable("webhook_max_attempts").choices, *_variable("webhook_attempts").choices
+        ),
+    )
     #: How often parked and failed webhooks are tried again, and rows that time alone changes are written; zero: never.
     webhook_retry_interval: timedelta = timedelta(seconds=60)
     webhook_retention_days: int = Field(default=90, ge=1)

@@ -48,6 +48,13 @@ def test_none_takes_a_limit_away(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.session_max_sessions is None
 
 
+def test_the_attempts_have_a_shorter_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings(webhook_attempts=3).webhook_max_attempts == 3  # type: ignore[call-arg]  # the other name
+    for variable, value in (("KITROCKET_WEBHOOK_ATTEMPTS", 4), ("KITROCKET_WEBHOOK_MAX_ATTEMPTS", 5)):
+        monkeypatch.setenv(variable, str(value))
+        assert Settings().webhook_max_attempts == value
+
+
 def test_lists_take_commas_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KITROCKET_PLANS", "starter, pro")
     monkeypatch.setenv("KITROCKET_DODO_USER_KEYS", '["a", "b"]')
