@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from datetime import timedelta
@@ -122,7 +123,8 @@ async def test_what_time_alone_changes_is_written_in_the_background(
             while (shown := await kit.subscriptions.get(user_id)) is None:
                 await anyio.sleep(0.01)
     assert shown.status == "cancelled"
-    assert caplog.text == ""
+    # Others in this process may have turned on what is only worth knowing.
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_leaving_the_block_leaves_no_task_and_may_be_done_by_another_task(engine: Engine) -> None:
