@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from itertools import islice
 from typing import Literal, get_args
 from zoneinfo import ZoneInfo
@@ -62,6 +62,37 @@ def month(now: datetime, zone: tzinfo) -> Window:
     """Return the calendar month that the clocks of ``zone`` show at ``now``."""
     first, following = islice(_midnights("month", now, zone), 2)
     return Window(first, following)
+
+
+def whole_days(window: Window, *, complete_from: date) -> tuple[datetime | None, datetime | None]:
+    """Return the UTC midnights between which a window is read as whole days; ``None`` is without end.
+
+    Each is the one nearest to an end of the window, so no more than half a day is left to single calls there: they are
+    added where the window reaches further than the days, and subtracted where the days do. No day before
+    ``complete_from`` is read whole. Both are ``window.until`` where whole days would save no reading.
+    """
+    nothing = window.until, window.until
+    if complete_from == date.max:
+        return nothing
+    complete = _midnight(complete_from)
+    first = _midnight(window.since)
+    if first < window.since and (first < complete or window.since - first >= _DAY / 2):
+        if first.date() == date.max:
+            return nothing
+        first += _DAY
+    first = max(first, complete)
+    if window.until is None:
+        return first, None
+    last = _midnight(window.until)
+    if window.until - last > _DAY / 2 and last.date() < date.max:
+        last += _DAY
+    singly = abs(window.since - first) + abs(window.until - last)
+    return (first, last) if first < last and singly < window.until - window.since else nothing
+
+
+def _midnight(day: date) -> datetime:
+    """Return the instant at which a day begins in UTC, or that of an instant in UTC."""
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
 def time_zone(field: str, name: object) -> tzinfo:

@@ -89,8 +89,9 @@ FROM (
 ORDER BY is_line DESC, bucket, cost DESC, tokens DESC, model COLLATE "C", user_id COLLATE "C";
 
 -- name: cost_rolled
--- The same, whole UTC days from kitrocket.usage_daily: its edges are those of usage.sql, summed by day before prices are
--- looked up. At least one row; without a call it is empty.
+-- The same, days first <= day < last from kitrocket.usage_daily, single rows for since <= t < first and last <= t < until,
+-- summed by day before prices are looked up. Without a whole day first and last are both until. At least one row; without
+-- a call it is empty.
 -- $1 user or NULL for all, $2 since, $3 until or NULL, $4 currency, $5 divide by user, $6 divide by model,
 -- $7 the buckets' beginnings: since, then UTC midnights, ascending, $8 the most lines.
 WITH edges AS (

@@ -1,12 +1,14 @@
 -- Every sum ends in ::bigint, so that it arrives as an int whatever it was summed from.
 -- A window is since <= created_at < until; an until of NULL has no upper bound ('infinity' keeps it an index condition).
 -- Each read stands here twice. The plain one takes the window from single rows, through usage_user_created_idx. The
--- one called _rolled takes whole UTC days from kitrocket.usage_daily and single rows for the edges of the window and for
--- days before the rollup is complete; in one statement, so in one snapshot. Its "edges" are:
---   first <= day < last      whole days, from the rollup
---   since <= t < first       single rows
---   last <= t < until        single rows
--- Without a whole day first and last are both until. It answers with raw_from too, before which an edge is not exact.
+-- one called _rolled takes whole UTC days from kitrocket.usage_daily and single rows for the edges of the window; in one
+-- statement, so in one snapshot:
+--   first <= day < last                  added, from the rollup
+--   between since and first single rows  added when since comes first, else subtracted, since the days reach too far
+--   between last and until  single rows  added when last comes first, else subtracted
+-- "first" and "last" are midnights, or both until where no day is read whole; an infinite one is NULL. Whoever asks
+-- chooses them (kitrocket.windows.whole_days), so that PostgreSQL plans with them, and judges them by the state of the
+-- same snapshot: days before rollup_from are not complete, and before raw_from an end that is no midnight is not exact.
 
 -- name: insert
 -- Record a batch; a row whose id is there already is left out, and so is its id from the answer.
@@ -58,46 +60,32 @@ FROM calls;
 
 -- name: total_rolled
 -- Sum a user's tokens in a window.
--- $1 user, $2 since, $3 until or NULL, $4 model or NULL for all.
-WITH edges AS (
-    SELECT raw_from,
-           until,
-           CASE WHEN first < last THEN first ELSE until END AS first,
-           CASE WHEN first < last THEN last ELSE until END AS last
-    FROM (
-        SELECT coalesce(state.raw_from, '-infinity') AS raw_from,
-               coalesce($3::timestamp, 'infinity') AS until,
-               greatest(
-                   ($2::timestamp + interval '1 day' - interval '1 microsecond')::date,
-                   coalesce(state.rollup_from, 'infinity')
-               ) AS first,
-               coalesce($3::timestamp, 'infinity')::date AS last
-        FROM (SELECT true) AS always
-        LEFT JOIN kitrocket.usage_state AS state ON true
-    ) AS whole
-), calls AS (
+-- $1 user, $2 since, $3 until or NULL, $4 first, $5 last, $6 model or NULL for all.
+WITH calls AS (
     SELECT tokens
     FROM kitrocket.usage_daily
     WHERE user_id = $1
-      AND day >= (SELECT first FROM edges)
-      AND day < (SELECT last FROM edges)
-      AND ($4::text IS NULL OR model = $4)
+      AND day >= $4::timestamp::date
+      AND day < coalesce($5::timestamp, 'infinity')::date
+      AND ($6::text IS NULL OR model = $6)
     UNION ALL
-    SELECT tokens_used
+    SELECT tokens_used * CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint
     FROM usage
     WHERE user_id = $1
-      AND created_at >= $2::timestamp
-      AND created_at < (SELECT first FROM edges)
-      AND ($4::text IS NULL OR model = $4)
+      AND created_at >= least($2::timestamp, $4)
+      AND created_at < greatest($2::timestamp, coalesce($4, 'infinity'))
+      AND ($6::text IS NULL OR model = $6)
     UNION ALL
-    SELECT tokens_used
+    SELECT tokens_used * CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint
     FROM usage
     WHERE user_id = $1
-      AND created_at >= (SELECT last FROM edges)
-      AND created_at < (SELECT until FROM edges)
-      AND ($4::text IS NULL OR model = $4)
+      AND created_at >= least($3::timestamp, $5)
+      AND created_at < greatest($3::timestamp, $5)
+      AND ($6::text IS NULL OR model = $6)
 )
-SELECT coalesce(sum(tokens), 0)::bigint AS tokens, (SELECT raw_from FROM edges) AS raw_from
+SELECT coalesce((SELECT rollup_from FROM kitrocket.usage_state), 'infinity') AS rollup_from,
+       coalesce((SELECT raw_from FROM kitrocket.usage_state), '-infinity') AS raw_from,
+       coalesce(sum(tokens), 0)::bigint AS tokens
 FROM calls;
 
 -- name: by_time
@@ -117,46 +105,35 @@ ORDER BY bucket;
 
 -- name: by_time_rolled
 -- Sum a user's tokens and count the calls by bucket, numbered from 1. At least one row; without a call it is empty.
--- $1 user, $2 since, $3 until or NULL, $4 the buckets' beginnings: since, then UTC midnights, ascending.
-WITH edges AS (
-    SELECT raw_from,
-           until,
-           CASE WHEN first < last THEN first ELSE until END AS first,
-           CASE WHEN first < last THEN last ELSE until END AS last
-    FROM (
-        SELECT coalesce(state.raw_from, '-infinity') AS raw_from,
-               coalesce($3::timestamp, 'infinity') AS until,
-               greatest(
-                   ($2::timestamp + interval '1 day' - interval '1 microsecond')::date,
-                   coalesce(state.rollup_from, 'infinity')
-               ) AS first,
-               coalesce($3::timestamp, 'infinity')::date AS last
-        FROM (SELECT true) AS always
-        LEFT JOIN kitrocket.usage_state AS state ON true
-    ) AS whole
-), calls AS (
-    SELECT day::timestamp AS at, tokens, calls
+-- What a first day before since has too much stands at since, as what is subtracted from it does.
+-- $1 user, $2 since, $3 until or NULL, $4 first, $5 last,
+-- $6 the buckets' beginnings: since, then UTC midnights, ascending.
+WITH calls AS (
+    SELECT greatest(day::timestamp, $2::timestamp) AS at, tokens, calls
     FROM kitrocket.usage_daily
     WHERE user_id = $1
-      AND day >= (SELECT first FROM edges)
-      AND day < (SELECT last FROM edges)
+      AND day >= $4::timestamp::date
+      AND day < coalesce($5::timestamp, 'infinity')::date
     UNION ALL
-    SELECT created_at, tokens_used, 1
+    SELECT greatest(created_at, $2), tokens_used * CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint, CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint
     FROM usage
     WHERE user_id = $1
-      AND created_at >= $2::timestamp
-      AND created_at < (SELECT first FROM edges)
+      AND created_at >= least($2::timestamp, $4)
+      AND created_at < greatest($2::timestamp, coalesce($4, 'infinity'))
     UNION ALL
-    SELECT created_at, tokens_used, 1
+    SELECT greatest(created_at, $2), tokens_used * CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint, CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint
     FROM usage
     WHERE user_id = $1
-      AND created_at >= (SELECT last FROM edges)
-      AND created_at < (SELECT until FROM edges)
+      AND created_at >= least($3::timestamp, $5)
+      AND created_at < greatest($3::timestamp, $5)
 )
-SELECT edges.raw_from, sums.*
-FROM edges
+SELECT coalesce(state.rollup_from, 'infinity') AS rollup_from,
+       coalesce(state.raw_from, '-infinity') AS raw_from,
+       sums.*
+FROM (SELECT true) AS always
+LEFT JOIN kitrocket.usage_state AS state ON true
 LEFT JOIN (
-    SELECT width_bucket(at, $4::timestamp[]) AS bucket, sum(tokens)::bigint AS tokens, sum(calls)::bigint AS calls
+    SELECT width_bucket(at, $6::timestamp[]) AS bucket, sum(tokens)::bigint AS tokens, sum(calls)::bigint AS calls
     FROM calls
     GROUP BY bucket
     HAVING sum(calls) <> 0
@@ -180,44 +157,31 @@ ORDER BY tokens DESC, model COLLATE "C";
 
 -- name: by_model_rolled
 -- Sum a user's tokens and count the calls by model, the largest sum first. At least one row; without a call it is empty.
--- $1 user, $2 since, $3 until or NULL.
-WITH edges AS (
-    SELECT raw_from,
-           until,
-           CASE WHEN first < last THEN first ELSE until END AS first,
-           CASE WHEN first < last THEN last ELSE until END AS last
-    FROM (
-        SELECT coalesce(state.raw_from, '-infinity') AS raw_from,
-               coalesce($3::timestamp, 'infinity') AS until,
-               greatest(
-                   ($2::timestamp + interval '1 day' - interval '1 microsecond')::date,
-                   coalesce(state.rollup_from, 'infinity')
-               ) AS first,
-               coalesce($3::timestamp, 'infinity')::date AS last
-        FROM (SELECT true) AS always
-        LEFT JOIN kitrocket.usage_state AS state ON true
-    ) AS whole
-), calls AS (
+-- $1 user, $2 since, $3 until or NULL, $4 first, $5 last.
+WITH calls AS (
     SELECT model, tokens, calls
     FROM kitrocket.usage_daily
     WHERE user_id = $1
-      AND day >= (SELECT first FROM edges)
-      AND day < (SELECT last FROM edges)
+      AND day >= $4::timestamp::date
+      AND day < coalesce($5::timestamp, 'infinity')::date
     UNION ALL
-    SELECT model, tokens_used, 1
+    SELECT model, tokens_used * CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint, CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint
     FROM usage
     WHERE user_id = $1
-      AND created_at >= $2::timestamp
-      AND created_at < (SELECT first FROM edges)
+      AND created_at >= least($2::timestamp, $4)
+      AND created_at < greatest($2::timestamp, coalesce($4, 'infinity'))
     UNION ALL
-    SELECT model, tokens_used, 1
+    SELECT model, tokens_used * CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint, CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint
     FROM usage
     WHERE user_id = $1
-      AND created_at >= (SELECT last FROM edges)
-      AND created_at < (SELECT until FROM edges)
+      AND created_at >= least($3::timestamp, $5)
+      AND created_at < greatest($3::timestamp, $5)
 )
-SELECT edges.raw_from, sums.*
-FROM edges
+SELECT coalesce(state.rollup_from, 'infinity') AS rollup_from,
+       coalesce(state.raw_from, '-infinity') AS raw_from,
+       sums.*
+FROM (SELECT true) AS always
+LEFT JOIN kitrocket.usage_state AS state ON true
 LEFT JOIN (
     SELECT model, sum(tokens)::bigint AS tokens, sum(calls)::bigint AS calls
     FROM calls
@@ -243,47 +207,48 @@ LIMIT $3::bigint;
 
 -- name: top_users_rolled
 -- List the users with the largest sums in a window. At least one row; without a call it is empty.
--- There is no user to look for, so this one reads much of both tables: its bounds are written out for the planner to see,
--- which then reads in parallel, and single rows by usage_created_at_brin: ids are named, as usage_user_created_idx has none
--- and would be searched for each user. The first single rows are those before the first midnight, then come days before
--- the rollup is complete, then what is behind the last midnight.
--- $1 since, $2 until or NULL, $3 how many.
+-- There is no user to look for, so this one reads much of both tables, in parallel, and single rows by
+-- usage_created_at_brin: ids are named, as usage_user_created_idx has none and would be searched for each user. Each edge
+-- stands here twice, added and subtracted. The planner drops those that are empty when it knows the bounds; a plan for
+-- all bounds pays for four, looks dear beside it, and is never taken.
+-- $1 since, $2 until or NULL, $3 first, $4 last, $5 how many.
 WITH calls AS (
     SELECT user_id, tokens, calls
     FROM kitrocket.usage_daily
-    WHERE day >= ($1::timestamp + interval '1 day' - interval '1 microsecond')::date
-      AND day < coalesce($2::timestamp, 'infinity')::date
-      AND day >= coalesce((SELECT rollup_from FROM kitrocket.usage_state), 'infinity')
+    WHERE day >= $3::timestamp::date
+      AND day < coalesce($4::timestamp, 'infinity')::date
     UNION ALL
     SELECT user_id, tokens_used::bigint, 1::bigint
     FROM usage
-    WHERE created_at >= $1::timestamp
-      AND created_at < least(
-          ($1::timestamp + interval '1 day' - interval '1 microsecond')::date,
-          coalesce($2::timestamp, 'infinity')
-      )
+    WHERE $1::timestamp < coalesce($3, 'infinity')
+      AND created_at >= $1
+      AND created_at < coalesce($3, 'infinity')
+      AND id >= ''
+    UNION ALL
+    SELECT user_id, -tokens_used::bigint, -1::bigint
+    FROM usage
+    WHERE $3 < $1
+      AND created_at >= $3
+      AND created_at < $1
       AND id >= ''
     UNION ALL
     SELECT user_id, tokens_used::bigint, 1::bigint
     FROM usage
-    WHERE created_at >= ($1::timestamp + interval '1 day' - interval '1 microsecond')::date
-      AND created_at < coalesce($2::timestamp, 'infinity')
-      AND created_at < coalesce((SELECT rollup_from FROM kitrocket.usage_state), 'infinity')
+    WHERE $4 < $2::timestamp
+      AND created_at >= $4
+      AND created_at < $2
       AND id >= ''
-      AND coalesce((SELECT rollup_from FROM kitrocket.usage_state), 'infinity')
-          > ($1::timestamp + interval '1 day' - interval '1 microsecond')::date
     UNION ALL
-    SELECT user_id, tokens_used::bigint, 1::bigint
+    SELECT user_id, -tokens_used::bigint, -1::bigint
     FROM usage
-    WHERE created_at >= greatest(
-          coalesce($2::timestamp, 'infinity')::date,
-          ($1::timestamp + interval '1 day' - interval '1 microsecond')::date
-      )
-      AND created_at < coalesce($2::timestamp, 'infinity')
-      AND created_at >= coalesce((SELECT rollup_from FROM kitrocket.usage_state), 'infinity')
+    WHERE $2 < $4
+      AND created_at >= $2
+      AND created_at < $4
       AND id >= ''
 )
-SELECT coalesce(state.raw_from, '-infinity') AS raw_from, sums.*
+SELECT coalesce(state.rollup_from, 'infinity') AS rollup_from,
+       coalesce(state.raw_from, '-infinity') AS raw_from,
+       sums.*
 FROM (SELECT true) AS always
 LEFT JOIN kitrocket.usage_state AS state ON true
 LEFT JOIN (
@@ -292,7 +257,7 @@ LEFT JOIN (
     GROUP BY user_id
     HAVING sum(calls) <> 0
     ORDER BY tokens DESC, user_id COLLATE "C"
-    LIMIT $3::bigint
+    LIMIT $5::bigint
 ) AS sums ON true
 ORDER BY tokens DESC, user_id COLLATE "C";
 

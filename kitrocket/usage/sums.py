@@ -12,7 +12,7 @@ from kitrocket.engine import Engine
 from kitrocket.errors import NoBillingPeriodError, WindowNotExactError
 from kitrocket.models import Period
 from kitrocket.sql import statements
-from kitrocket.windows import Window
+from kitrocket.windows import Window, whole_days
 
 _SQL = statements("usage")
 _ROLLUP = statements("rollup")
@@ -28,24 +28,26 @@ class Sums:
     def __init__(self, engine: Engine, *, rollup: bool) -> None:
         self._engine = engine
         self._rollup = rollup
+        #: From which day on the rollup is complete, as a statement last answered.
+        self._complete_from = date.min
 
     async def total(self, user_id: str, window: Window, model: str | None) -> int:
         """Return a user's tokens in a window, of one model or of all."""
-        if not self._rollup:
+        if self._rollup:
+            [row] = await self._rolled("total_rolled", window, (user_id,), (model,))
+        else:
             [row] = await self._fetch("total", user_id, *bounds(window), model)
-            return int(row["tokens"])
-        [row] = await self._fetch("total_rolled", user_id, *bounds(window), model)
-        refuse_cut_days(window, row["raw_from"])
         return int(row["tokens"])
 
     async def by_time(
         self, user_id: str, window: Window, starts: Sequence[datetime], *, in_utc_days: bool
     ) -> list[asyncpg.Record]:
         """Return a row for each bucket with a call; ``in_utc_days`` says that buckets begin at UTC midnights."""
-        arguments = (user_id, *bounds(window), [to_db(start) for start in starts])
+        buckets = [to_db(start) for start in starts]
         if self._rollup and in_utc_days:
-            return await self._rolled("by_time_rolled", window, "bucket", *arguments)
-        rows = await self._fetch("by_time", *arguments)
+            rows = await self._rolled("by_time_rolled", window, (user_id,), (buckets,))
+            return [row for row in rows if row["bucket"] is not None]
+        rows = await self._fetch("by_time", user_id, *bounds(window), buckets)
         if self._rollup:
             # Pruning moves the floor before it deletes, so what is above it now was all there.
             state = await self._engine.fetchrow(_ROLLUP["state"])
@@ -55,13 +57,15 @@ class Sums:
     async def by_model(self, user_id: str, window: Window) -> list[asyncpg.Record]:
         """Return a row for each model, the largest sum first."""
         if self._rollup:
-            return await self._rolled("by_model_rolled", window, "model", user_id, *bounds(window))
+            rows = await self._rolled("by_model_rolled", window, (user_id,))
+            return [row for row in rows if row["model"] is not None]
         return await self._fetch("by_model", user_id, *bounds(window))
 
     async def top_users(self, window: Window, limit: int) -> list[asyncpg.Record]:
         """Return a row for each of the users with the largest sums."""
         if self._rollup:
-            return await self._rolled("top_users_rolled", window, "user_id", *bounds(window), limit)
+            rows = await self._rolled("top_users_rolled", window, (), (limit,))
+            return [row for row in rows if row["user_id"] is not None]
         return await self._fetch("top_users", *bounds(window), limit)
 
     async def billing_period(self, user_id: str) -> Period:
@@ -71,13 +75,30 @@ class Sums:
             raise NoBillingPeriodError(user_id)
         return Period(since=from_db(rows[0]["since"]), until=from_db(rows[0]["until"]), source=rows[0]["source"])
 
-    async def _rolled(self, name: str, window: Window, key: str, *arguments: object) -> list[asyncpg.Record]:
-        rows = await self._fetch(name, *arguments)
-        refuse_cut_days(window, rows[0]["raw_from"])
-        return [row for row in rows if row[key] is not None]
+    async def _rolled(
+        self, name: str, window: Window, before: Sequence[object], after: Sequence[object] = ()
+    ) -> list[asyncpg.Record]:
+        """Run a statement with whole days; its arguments are some, the window and its days, and others.
+
+        The days are chosen by what is known of the rollup and judged by what the statement saw of it. Where that asks
+        for other days, as while the rollup is being filled, the statement is run again with these.
+        """
+        while True:
+            days = _days(window, self._complete_from)
+            rows = await self._fetch(name, *before, *bounds(window), *days, *after)
+            refuse_cut_days(window, rows[0]["raw_from"])
+            complete_from = rows[0]["rollup_from"]
+            if complete_from == self._complete_from or _days(window, complete_from) == days:
+                return rows
+            self._complete_from = complete_from
 
     async def _fetch(self, name: str, *arguments: object) -> list[asyncpg.Record]:
         return await self._engine.retry(lambda: self._engine.fetch(_SQL[name], *arguments), idempotent=True)
+
+
+def _days(window: Window, complete_from: date) -> list[datetime | None]:
+    """Return a window's whole days as statements take them."""
+    return [None if day is None else to_db(day) for day in whole_days(window, complete_from=complete_from)]
 
 
 def bounds(window: Window) -> tuple[datetime, datetime | None]:

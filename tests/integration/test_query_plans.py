@@ -193,6 +193,22 @@ async def test_the_cost_of_a_user_reads_indexes_however_often_it_is_asked(full: 
         assert await full.fetchval(chosen, statement.get_name()) == 0
 
 
+async def test_a_users_sum_is_planned_once_and_everybodys_each_time(full: asyncpg.Connection) -> None:
+    """Planning takes longer than summing a user; a plan for all windows would not read all users in parallel."""
+    until, midnight = NOW - timedelta(hours=1), NOW.replace(hour=0)
+    days = (midnight - timedelta(days=30), midnight + timedelta(days=1))
+    for name, arguments, generic in (
+        ("total_rolled", ("u7", NOW - timedelta(days=30), None, days[0], None, None), 3),
+        ("top_users_rolled", (NOW - timedelta(days=30), None, days[0], None, 20), 0),
+        ("top_users_rolled", (NOW - timedelta(days=30), until, *days, 20), 0),
+    ):
+        statement = await full.prepare(statements("usage")[name])
+        for _ in range(8):
+            await statement.fetch(*arguments)
+        chosen = "SELECT generic_plans FROM pg_prepared_statements WHERE name = $1"
+        assert await full.fetchval(chosen, statement.get_name()) == generic, name
+
+
 async def test_a_batch_of_the_sweep_does_not_read_what_the_batches_before_it_killed(full: asyncpg.Connection) -> None:
     """The index keeps entries of deleted rows until it is vacuumed."""
 

@@ -360,12 +360,13 @@ async def test_days_before_the_rollup_is_complete_are_read_from_single_rows(
     usage: UsageService, plain: UsageService, engine: Engine, clock: ManualClock
 ) -> None:
     await fill_days(engine, clock)
-    for complete_from in (date(2026, 1, 1), date(2026, 2, 2), date(2026, 2, 3), date.max):
+    for complete_from in (date(2026, 1, 1), date(2026, 2, 1), date(2026, 2, 2), date(2026, 2, 3), date.max):
         await engine.fetch("UPDATE kitrocket.usage_state SET rollup_from = $1", complete_from)
         await engine.fetch("UPDATE kitrocket.usage_daily SET tokens = 0, calls = 0 WHERE day < $1", complete_from)
         for since in (FIRST - DAY, FIRST + MICROSECOND, FIRST + 2 * DAY):
-            for until in (None, FIRST + 2 * DAY, FIRST + 2 * DAY + timedelta(hours=5)):
-                assert await everything(usage, since, until) == await everything(plain, since, until)
+            for until in (None, FIRST + 2 * DAY, FIRST + 2 * DAY + timedelta(hours=5), FIRST + 3 * DAY - MICROSECOND):
+                expected = await everything(plain, since, until, raw=False)
+                assert await everything(usage, since, until, raw=False) == expected
 
 
 async def test_without_a_state_single_rows_are_read(
@@ -376,17 +377,60 @@ async def test_without_a_state_single_rows_are_read(
     assert await everything(usage, FIRST, None) == await everything(plain, FIRST, None)
 
 
-async def test_whole_days_are_read_from_the_rollup_alone(engine: Engine) -> None:
-    """What stands in the rollup counts, and only there: single rows of whole days are not read."""
+async def test_whole_days_are_read_from_the_rollup_alone(usage: UsageService, engine: Engine) -> None:
+    """What stands in the rollup counts, and only there; single rows are read on the shorter side of an end."""
     await make_user(engine, id="ada")
     await make_usage(engine, "ada", tokens=1, at=FIRST)
     await engine.fetch("UPDATE kitrocket.usage_daily SET tokens = 1000")
-    total = statements("usage")["total_rolled"]
-    assert await engine.fetchval(total, "ada", to_db(FIRST), None, None) == 1000
-    assert await engine.fetchval(total, "ada", to_db(FIRST), to_db(FIRST + DAY), None) == 1000
-    assert await engine.fetchval(total, "ada", to_db(FIRST), to_db(FIRST + DAY - MICROSECOND), None) == 1
-    assert await engine.fetchval(total, "ada", to_db(FIRST - MICROSECOND), to_db(FIRST + DAY), None) == 1000
-    assert await engine.fetchval(total, "ada", to_db(FIRST + MICROSECOND), None, None) == 0
+    noon = FIRST + DAY / 2
+    cases: list[tuple[datetime, datetime | None, int]] = [
+        (FIRST, None, 1000),
+        (FIRST, FIRST + DAY, 1000),
+        (FIRST, FIRST + DAY - MICROSECOND, 1000),
+        (FIRST - MICROSECOND, FIRST + DAY, 1000),
+        (FIRST + MICROSECOND, None, 999),
+        (noon - MICROSECOND, None, 999),
+        (noon, None, 0),
+        (FIRST - DAY, noon, 1),
+        (FIRST - DAY, noon + MICROSECOND, 1000),
+        (FIRST, noon, 1),
+        (FIRST, noon + MICROSECOND, 1000),
+        (FIRST + timedelta(hours=7), noon + timedelta(hours=5), 0),
+    ]
+    for since, until, expected in cases:
+        assert await usage.total("ada", since=since, until=until) == expected, (since, until)
+
+
+async def test_while_the_rollup_is_filled_a_sum_is_asked_for_again_once(
+    usage: UsageService, plain: UsageService, engine: Engine, clock: ManualClock
+) -> None:
+    await fill_days(engine, clock)
+    await engine.fetch("UPDATE kitrocket.usage_state SET rollup_from = '2026-02-02'")
+    await engine.fetch("UPDATE kitrocket.usage_daily SET tokens = 0, calls = 0 WHERE day < '2026-02-02'")
+    expected = await plain.total("ada", since=FIRST)
+    seen: list[str] = []
+    async with engine.transaction() as transaction:
+        with transaction.connection.query_logger(lambda query: seen.append(query.query)):
+            assert await usage.total("ada", since=FIRST) == expected  # asked for twice
+            assert await usage.total("ada", since=FIRST) == expected
+            await usage.total("ada", since=FIRST + DAY)
+    assert seen == [statements("usage")["total_rolled"]] * 4
+
+
+async def test_the_ends_of_time_are_the_same_with_and_without_the_rollup(
+    usage: UsageService, plain: UsageService, engine: Engine, clock: ManualClock
+) -> None:
+    await fill_days(engine, clock)
+    for at in ("-infinity", "0001-01-01 00:00:00.5", "9999-12-31 20:00", "infinity"):
+        await engine.fetch(f"INSERT INTO usage SELECT gen_random_uuid(), 'ada', 5, 'm1', '{at}'")
+    beginning, end = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+    sinces = [beginning, beginning + MICROSECOND, beginning + timedelta(hours=1), FIRST, end - timedelta(hours=5), end]
+    for since in sinces:
+        for until in (None, beginning + timedelta(hours=20), FIRST + DAY, end - timedelta(hours=1), end):
+            if until is None or since <= until:
+                window: dict[str, Any] = {"since": since, "until": until}
+                assert await usage.total("ada", **window) == await plain.total("ada", **window), window
+                assert await usage.top_users(**window) == await plain.top_users(**window), window
 
 
 def scans(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -398,8 +442,13 @@ def scans(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-@pytest.mark.parametrize("name", ["total_rolled", "by_model_rolled", "by_time_rolled"])
-async def test_a_users_sums_read_the_key_and_the_covering_index(engine: Engine, mode: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("total_rolled", "2026-02-02"), ("by_model_rolled", "2026-02-01"), ("by_time_rolled", "2026-02-01")],
+)
+async def test_a_users_sums_read_the_key_and_the_covering_index(
+    engine: Engine, mode: str, name: str, first: str
+) -> None:
     for user_id in ("ada", "bob"):
         await make_user(engine, id=user_id)
     await engine.fetch(
@@ -409,11 +458,12 @@ async def test_a_users_sums_read_the_key_and_the_covering_index(engine: Engine, 
     for table in ("usage", "kitrocket.usage_daily"):
         await engine.fetch(f"VACUUM ANALYZE {table}")
     more = {"total_rolled": ", NULL", "by_model_rolled": "", "by_time_rolled": ", '{2026-02-01 07:00, 2026-02-02}'"}
+    bounds = f"'2026-02-01 07:00', '2026-02-20 17:00', '{first}', '2026-02-21'"
     async with engine.transaction() as transaction:
         await engine.fetch(f"SET LOCAL plan_cache_mode = {mode}")
         await transaction.connection.execute(f"PREPARE rolled AS {statements('usage')[name]}")
         explained = await engine.fetchval(
-            f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) EXECUTE rolled('ada', '2026-02-01 07:00', NULL{more[name]})"
+            f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) EXECUTE rolled('ada', {bounds}{more[name]})"
         )
         await engine.fetch("DEALLOCATE rolled")
     found = {(scan["Relation Name"], scan["Node Type"]) for scan in scans(json.loads(explained)[0]["Plan"])}
@@ -430,11 +480,11 @@ async def test_sums_of_all_users_do_not_search_the_covering_index_for_each(engin
     await engine.fetch("VACUUM ANALYZE usage")
     async with engine.transaction():
         await engine.fetch("SET LOCAL enable_seqscan = off")
-        explained = await engine.fetchval(
-            f"EXPLAIN (FORMAT JSON) {statements('usage')['top_users_rolled']}", to_db(FIRST - MICROSECOND), None, 20
-        )
+        top = f"EXPLAIN (FORMAT JSON) {statements('usage')['top_users_rolled']}"
+        since, first, until, last = (to_db(FIRST + hour * DAY / 24) for hour in (-1, 0, 49, 48))
+        explained = await engine.fetchval(top, since, until, first, last, 20)
     found = [scan for scan in scans(json.loads(explained)[0]["Plan"]) if scan["Relation Name"] == "usage"]
-    assert len(found) >= 2
+    assert len(found) == 2
     assert "Index Only Scan" not in {scan["Node Type"] for scan in found}
 
 
@@ -693,6 +743,8 @@ async def test_pruning_changes_no_sum(usage: UsageService, engine: Engine, clock
         (FIRST, floor + timedelta(hours=5)),
         (FIRST + DAY, floor),
         (floor + MICROSECOND, None),
+        (floor + timedelta(hours=23), None),
+        (FIRST - DAY, floor + timedelta(hours=23)),
     ]
     before = [await everything(usage, *window, raw=False) for window in windows]
     counted = await engine.fetchval("SELECT count(*) FROM usage WHERE created_at < $1", to_db(floor))

@@ -542,7 +542,11 @@ async def test_the_servers_time_zone_does_not_matter(server: Server, database: s
     try:
         assert await session.fetchval("SHOW timezone") == zone
         assert await session.fetchval(SQL["total"], user_id, to_db(since), None, None) == 2
-        assert await session.fetchval(SQL["total_rolled"], user_id, to_db(since), None, None) == 2
+        midnight = to_db(since).replace(hour=0, minute=0, second=0, microsecond=0)
+        for first in (midnight, midnight + timedelta(days=1)):
+            rolled = await session.fetchrow(SQL["total_rolled"], user_id, to_db(since), None, first, None, None)
+            assert rolled is not None
+            assert rolled["tokens"] == 2
         bounds = [to_db(since), to_db(since + MICROSECOND)]
         by_time = await session.fetch(SQL["by_time"], user_id, to_db(since), None, bounds)
         assert [tuple(row) for row in by_time] == [(1, 1, 1), (2, 1, 1)]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from itertools import pairwise
 from zoneinfo import ZoneInfo
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitrocket.errors import InvalidInputError
-from kitrocket.windows import MAX_BUCKETS, Grain, Window, bucket_starts, dimension, time_zone, window
+from kitrocket.windows import MAX_BUCKETS, Grain, Window, bucket_starts, dimension, time_zone, whole_days, window
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, 250_001, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -286,3 +286,64 @@ def test_each_change_of_the_clocks_in_twenty_years(zone: str) -> None:
 def test_an_instant_of_another_zone_is_answered_in_utc() -> None:
     since = datetime(2026, 5, 1, tzinfo=timezone(timedelta(hours=5)))
     assert window(since=since, until=None, now=NOW).since.tzinfo is UTC
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "complete_from", "first", "last"),
+    [
+        ("2026-02-01T00:00Z", None, date.min, "2026-02-01T00:00Z", None),
+        ("2026-02-01T11:59:59.999999Z", None, date.min, "2026-02-01T00:00Z", None),
+        ("2026-02-01T12:00Z", None, date.min, "2026-02-02T00:00Z", None),
+        ("2026-01-31T23:59:59.999999Z", None, date.min, "2026-02-01T00:00Z", None),
+        ("2026-02-01T01:00Z", None, date(2026, 2, 1), "2026-02-01T00:00Z", None),
+        ("2026-02-01T01:00Z", None, date(2026, 2, 2), "2026-02-02T00:00Z", None),
+        ("2026-02-01T01:00Z", None, date(2026, 3, 1), "2026-03-01T00:00Z", None),
+        ("2026-02-01T01:00Z", None, date.max, None, None),
+        ("2026-02-01T01:00Z", "2026-02-05T12:00Z", date.min, "2026-02-01T00:00Z", "2026-02-05T00:00Z"),
+        ("2026-02-01T01:00Z", "2026-02-05T12:00:00.000001Z", date.min, "2026-02-01T00:00Z", "2026-02-06T00:00Z"),
+        # A day of which half an hour at each end is too much, and one of which the larger part is.
+        ("2026-02-01T00:30Z", "2026-02-01T23:30Z", date.min, "2026-02-01T00:00Z", "2026-02-02T00:00Z"),
+        ("2026-02-01T06:00Z", "2026-02-01T18:00Z", date.min, None, None),
+        ("2026-02-01T05:59Z", "2026-02-01T18:00Z", date.min, "2026-02-01T00:00Z", "2026-02-02T00:00Z"),
+        ("2026-02-01T00:00Z", "2026-02-01T00:00Z", date.min, None, None),
+        ("9999-12-31T01:00Z", "9999-12-31T23:00Z", date.min, None, None),
+        ("9999-12-31T13:00Z", None, date.min, None, None),
+    ],
+)
+def test_whole_days_begin_and_end_at_the_nearest_midnight(
+    since: str, until: str | None, complete_from: date, first: str | None, last: str | None
+) -> None:
+    end = None if until is None else at(until)
+    found = whole_days(Window(at(since), end), complete_from=complete_from)
+    assert found == ((at(first), last and at(last)) if first is not None else (end, end))
+
+
+INSTANTS = st.integers(0, 6 * 24 * 60 * 60).map(lambda seconds: at("2026-02-01T00:00Z") + timedelta(seconds=seconds))
+
+
+@settings(max_examples=200)
+@given(
+    ends=st.tuples(INSTANTS, INSTANTS).map(sorted),
+    calls=st.lists(INSTANTS, max_size=30),
+    complete_after=st.integers(-1, 7),
+)
+def test_whole_days_and_what_is_added_and_subtracted_are_the_window(
+    ends: list[datetime], calls: list[datetime], complete_after: int
+) -> None:
+    since, until = ends
+    complete_from = date(2026, 2, 1) + timedelta(days=complete_after)
+    first, last = whole_days(Window(since, until), complete_from=complete_from)
+    assert first is not None
+    assert last is not None
+
+    def between(begin: datetime, end: datetime) -> int:
+        return sum(begin <= call < end for call in calls) if begin <= end else -between(end, begin)
+
+    counted = between(since, first) + between(first, last) + between(last, until)
+    assert counted == sum(since <= call < until for call in calls)
+    if first < last:
+        assert first.date() >= complete_from
+        assert first.time() == last.time() == datetime.min.time()
+        if complete_after <= 0:
+            assert max(abs(since - first), abs(until - last)) <= timedelta(hours=12)
+    assert abs(since - first) + abs(until - last) <= until - since
