@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator
 
 import argon2
+import asyncpg
 import hypothesis
 import pytest
 import pytest_asyncio
@@ -70,6 +71,17 @@ async def database(server: Server, template: str) -> AsyncIterator[str]:
     name = await server.direct.create(template=template)
     yield name
     await server.direct.drop(name)
+
+
+@pytest_asyncio.fixture
+async def turn_with_roles(server: Server) -> AsyncIterator[None]:
+    """Keep other workers from making roles, and from looking for some: one server may be that of all."""
+    turn = await asyncpg.connect(server.direct.url("postgres"))
+    try:
+        await turn.execute("SELECT pg_advisory_lock(hashtext('roles'))")
+        yield
+    finally:
+        await turn.close()
 
 
 @pytest_asyncio.fixture

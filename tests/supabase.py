@@ -8,29 +8,23 @@ from contextlib import asynccontextmanager
 import asyncpg
 
 from kitrocket.engine import Engine
-from servers import Server
 
 ROLES = ("anon", "authenticated")
 
 
 @asynccontextmanager
-async def roles(engine: Engine, server: Server) -> AsyncIterator[None]:
-    """Make the roles until the block is left. They are the server's, which several workers may share: one at a time."""
-    turn = await asyncpg.connect(server.direct.url("postgres"))
+async def roles(engine: Engine) -> AsyncIterator[None]:
+    """Make the roles, which are the server's, until the block is left; it needs the fixture ``turn_with_roles``."""
+    async with engine.direct() as connection:
+        for role in ROLES:
+            await connection.execute(f"CREATE ROLE {role} NOLOGIN")
     try:
-        await turn.execute("SELECT pg_advisory_lock(hashtext('roles'))")
+        yield
+    finally:
         async with engine.direct() as connection:
             for role in ROLES:
-                await connection.execute(f"CREATE ROLE {role} NOLOGIN")
-        try:
-            yield
-        finally:
-            async with engine.direct() as connection:
-                for role in ROLES:
-                    await connection.execute(f"DROP OWNED BY {role}")
-                    await connection.execute(f"DROP ROLE {role}")
-    finally:
-        await turn.close()
+                await connection.execute(f"DROP OWNED BY {role}")
+                await connection.execute(f"DROP ROLE {role}")
 
 
 async def grant_everything(engine: Engine) -> None:

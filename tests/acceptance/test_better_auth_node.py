@@ -26,9 +26,14 @@ from kitrocket.inputs import email, normalised_email
 from kitrocket.kit import KitRocket
 from kitrocket.migrations import find_exposed, protect
 from kitrocket.settings import Settings
-from servers import Server
 
-pytestmark = [pytest.mark.asyncio, pytest.mark.node, pytest.mark.direct, pytest.mark.timeout(180)]
+pytestmark = [
+    pytest.mark.asyncio,
+    pytest.mark.node,
+    pytest.mark.direct,
+    pytest.mark.timeout(180),
+    pytest.mark.usefixtures("turn_with_roles"),
+]
 
 TESTS = Path(__file__).resolve().parents[1]
 TABLES = ["users", "sessions", "accounts", "subscriptions", "usage", "verification", "migration"]
@@ -288,10 +293,8 @@ async def test_drizzle_sees_no_difference(kit: KitRocket, database_url: str, eng
         assert (await columns(connection), await constraints(connection), await indexes(connection)) == before
 
 
-async def test_drizzle_keeps_what_was_protected(
-    kit: KitRocket, database_url: str, engine: Engine, server: Server
-) -> None:
-    async with roles(engine, server):
+async def test_drizzle_keeps_what_was_protected(kit: KitRocket, database_url: str, engine: Engine) -> None:
+    async with roles(engine):
         await grant_everything(engine)
         await protect(engine)
         assert "No changes detected" in push(database_url)
@@ -299,10 +302,10 @@ async def test_drizzle_keeps_what_was_protected(
 
 
 async def test_row_level_security_that_drizzle_switches_off_was_not_the_only_lock(
-    kit: KitRocket, database_url: str, engine: Engine, server: Server
+    kit: KitRocket, database_url: str, engine: Engine
 ) -> None:
     await kit.users.create(email=EMAIL, name="Ada", password=PASSWORD)
-    async with roles(engine, server):
+    async with roles(engine):
         await grant_everything(engine)
         await protect(engine)
         with changed_schema(lambda text: text.replace(".enableRLS()", "")) as folder:

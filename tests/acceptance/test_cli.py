@@ -93,6 +93,7 @@ async def test_a_database_that_is_away_is_one_line() -> None:
         assert "secret-value" not in err
 
 
+@pytest.mark.usefixtures("turn_with_roles")
 async def test_migrating_says_what_was_done_and_then_that_there_is_nothing_to_do(empty_database_url: str) -> None:
     code, _, err = await kitrocket("sessions", "sweep", url=empty_database_url)
     assert code == 1
@@ -107,6 +108,7 @@ async def test_migrating_says_what_was_done_and_then_that_there_is_nothing_to_do
     assert code == 0, out
 
 
+@pytest.mark.usefixtures("turn_with_roles")
 async def test_the_doctor_names_a_lost_index_and_its_cure(engine: Engine, database_url: str) -> None:
     await engine.fetch("DROP INDEX sessions_expires_at_idx")
     code, out, _ = await kitrocket("doctor", url=database_url)
@@ -219,6 +221,7 @@ async def test_daily_sums_are_verified_rebuilt_and_outlive_pruned_calls(engine: 
     assert await engine.fetchval("SELECT sum(tokens)::int FROM kitrocket.usage_daily") == 11
 
 
+@pytest.mark.usefixtures("turn_with_roles")
 async def test_the_doctor_names_a_trigger_that_is_off(engine: Engine, database_url: str) -> None:
     await engine.fetch("ALTER TABLE usage DISABLE TRIGGER kitrocket_usage_updated")
     await engine.fetch("DROP TRIGGER kitrocket_usage_deleted ON usage")

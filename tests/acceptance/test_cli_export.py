@@ -14,7 +14,11 @@ from factories import make_subscription, make_usage, make_user
 from kitrocket.clock import utc_now
 from kitrocket.engine import Engine
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.direct]
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.direct,
+    pytest.mark.usefixtures("turn_with_roles"),  # `doctor` looks for them
+]
 
 
 async def test_calls_are_exported_and_what_is_left_is_told(engine: Engine, database_url: str, dodo: DodoServer) -> None:

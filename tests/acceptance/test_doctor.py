@@ -16,9 +16,8 @@ from kitrocket.better_auth import migrate_better_auth
 from kitrocket.cli.drizzle import BETTER_AUTH, CONFIG, SCHEMA
 from kitrocket.ddl import SEED_INDEXES
 from kitrocket.engine import Engine
-from servers import Server
 
-pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
+pytestmark = [pytest.mark.asyncio, pytest.mark.direct, pytest.mark.usefixtures("turn_with_roles")]
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {
@@ -73,10 +72,8 @@ async def test_an_empty_database_is_cured_by_migrating(empty_database_url: str) 
     assert await doctor(empty_database_url) == (0, [], [])
 
 
-async def test_what_supabases_roles_can_reach_is_cured_by_protecting(
-    engine: Engine, database_url: str, server: Server
-) -> None:
-    async with roles(engine, server):
+async def test_what_supabases_roles_can_reach_is_cured_by_protecting(engine: Engine, database_url: str) -> None:
+    async with roles(engine):
         await engine.fetch("GRANT SELECT ON public.sessions TO anon, authenticated")
         code, wrong, _ = await doctor(database_url)
         assert code == 1

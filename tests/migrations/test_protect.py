@@ -15,20 +15,19 @@ from kitrocket.better_auth import migrate_better_auth
 from kitrocket.engine import Engine
 from kitrocket.errors import MigrationError
 from kitrocket.migrations import find_exposed, protect
-from servers import Server
 
-pytestmark = [pytest.mark.asyncio, pytest.mark.direct]
+pytestmark = [pytest.mark.asyncio, pytest.mark.direct, pytest.mark.usefixtures("turn_with_roles")]
 
 ALL = [*SEED_TABLES, "verification", "migration"]
 
 
 @pytest_asyncio.fixture
-async def supabase(engine: Engine, server: Server) -> AsyncIterator[Engine]:
+async def supabase(engine: Engine, turn_with_roles: None) -> AsyncIterator[Engine]:
     """A filled database as Supabase has it: its roles, and its grants on every table that is made."""
     await migrate_better_auth(engine)
     async with engine.direct() as connection:
         await fill(connection)
-    async with roles(engine, server):
+    async with roles(engine):
         await grant_everything(engine)
         yield engine
 
