@@ -20,7 +20,6 @@ import httpx
 import pytest
 
 import factories
-import kitrocket.server
 from kitrocket.clock import to_db, utc_now
 from kitrocket.engine import Engine
 from kitrocket.kit import KitRocket
@@ -35,8 +34,6 @@ pytestmark = pytest.mark.asyncio
 KEY = "whsec_" + base64.b64encode(b"k" * 32).decode()
 LIMIT = 20_000
 BODY = (files("kitrocket.demo") / "payloads" / "01_subscription_active_trial.json").read_bytes()
-#: Within so many seconds a process ends that may take 3 for what is in flight, on a machine with much else to do.
-SOON = 30
 #: A type that changes nothing.
 HARMLESS = (files("kitrocket.demo") / "payloads" / "12_license_key_created.json").read_bytes()
 
@@ -353,7 +350,9 @@ def is_refused(port: int) -> bool:
 
 
 @pytest.mark.direct
-async def test_sigterm_finishes_what_is_in_flight_and_exits_0_soon(engine: Engine, database_url: str) -> None:
+async def test_sigterm_finishes_what_is_in_flight_and_exits_0_within_5_seconds(
+    engine: Engine, database_url: str
+) -> None:
     with process(database_url, "--no-studio") as (running, port):
         headers = sign_webhook(HARMLESS, key=KEY, webhook_id="msg_1", at=utc_now())
         head = "POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\n" + "".join(f"{k}: {v}\r\n" for k, v in headers.items())
@@ -364,12 +363,13 @@ async def test_sigterm_finishes_what_is_in_flight_and_exits_0_soon(engine: Engin
             running.send_signal(signal.SIGTERM)
             begun = monotonic()
             while not await anyio.to_thread.run_sync(is_refused, port):
-                assert monotonic() - begun < SOON
+                assert monotonic() - begun < 5
             assert running.poll() is None
             await stream.send(HARMLESS)
             answer = await stream.receive()
         assert answer.startswith(b"HTTP/1.1 200")
-        assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=SOON)) == 0
+        assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=10)) == 0
+        assert monotonic() - begun < 5
         assert await engine.fetchval("SELECT state FROM kitrocket.webhook_events") == "ignored"
 
 
@@ -390,13 +390,14 @@ async def test_a_request_that_never_ends_does_not_hold_it_up_on_either_event_loo
                 b"POST /webhooks/dodo HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"
             )
             assert b"100" in await stream.receive()
+            begun = monotonic()
             running.send_signal(number)
-            assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=SOON)) == 0
+            assert await anyio.to_thread.run_sync(lambda: running.wait(timeout=10)) == 0
+            assert monotonic() - begun < 5
         assert running.stderr is not None
         first, second, *_ = running.stderr.read().splitlines()
         assert first == f"served on {loop}"
         assert second.endswith(f"Started server process [{running.pid}]")
-    assert kitrocket.server._DRAIN_LIMIT == 3
 
 
 @pytest.mark.direct

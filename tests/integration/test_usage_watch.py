@@ -6,7 +6,6 @@ import ast
 import asyncio
 import gc
 import re
-import statistics
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -89,8 +88,7 @@ async def test_every_way_to_record_is_heard_within_a_second(engine: Engine, cloc
             with anyio.fail_after(30):
                 assert await anext(totals) == 10 * number
             waits.append(anyio.current_time() - committed)
-        # A busy machine may hold up one of them.
-        assert statistics.median(waits) <= 1
+        assert max(waits) <= 1
         assert await anext(others) == 30
         assert len(await listeners(engine)) == 1
         # Who is slow gets the newest one alone.
@@ -243,8 +241,9 @@ async def test_without_a_connection_that_listens_it_reads_every_second(
             async with usage.watch(user_id) as totals:
                 assert await anext(totals) == before
                 await make_usage(engine, user_id, tokens=7)
-                with anyio.fail_after(30):
-                    assert await anext(totals) == before + 7
+                began = anyio.current_time()
+                assert await anext(totals) == before + 7
+                assert anyio.current_time() - began <= 1.5
                 assert await nobody_listens(engine)
 
 

@@ -723,7 +723,7 @@ async def test_two_lanes_share_a_crowd(engine: Engine, clock: ManualClock) -> No
     """A lane that answered a crowd waits for them to ask again, and leaves the other lane its half."""
     service = SessionService(engine, clock=clock)
     issued = await service.create(await make_user(engine))
-    rounds, callers = 30, 16
+    rounds, callers = 120, 16
 
     async def ask(times: int) -> None:
         for _ in range(times):

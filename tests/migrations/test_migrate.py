@@ -322,7 +322,7 @@ async def test_a_cancelled_build_ends_soon_and_can_be_repeated(empty: Engine) ->
             await until(empty, WAITING)
             begun = anyio.current_time()
             group.cancel_scope.cancel()
-        assert anyio.current_time() - begun < 30
+        assert anyio.current_time() - begun < 5
     await migrate(empty)
     await check(empty)
 
@@ -337,7 +337,7 @@ async def test_a_build_makes_no_writer_wait(empty: Engine) -> None:
     ):
         group.start_soon(migrate, empty)
         await until(empty, WAITING)
-        with anyio.fail_after(30):
+        with anyio.fail_after(1):
             await empty.fetch(
                 "INSERT INTO sessions (id, user_id, token, expires_at) VALUES ('s2', 'u1', 't', '2030-01-01')"
             )
@@ -354,7 +354,8 @@ async def test_a_lock_that_makes_writers_wait_is_given_up_within_a_second_and_tr
     ):
         group.start_soon(adopt, empty)
         await until(empty, WAITING)
+        begun = anyio.current_time()
         with anyio.fail_after(30):
             await empty.fetch("INSERT INTO users (id, email, name) VALUES ('u2', 'e', 'n')")
-    assert ddl.LOCK_TIMEOUT == "1s"
+        assert anyio.current_time() - begun <= 1.3
     await check(empty)
