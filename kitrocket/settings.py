@@ -106,7 +106,7 @@ class Settings(BaseSettings):
     webhook_max_bytes: int = Field(default=2_097_152, ge=1)
     #: How many deliveries the endpoint works on at once in a process; further ones wait for up to 5 s, then get 503.
     webhook_concurrency: int = Field(default=8, ge=1, le=1000)
-    #: How often an event is tried; the shorter name does too, or what it says in the environment would not be noticed.
+    #: How often an event is tried. ``webhook_attempts`` names it too.
     webhook_max_attempts: int = Field(
         default=8,
         ge=1,

@@ -115,13 +115,17 @@ WITH calls AS (
       AND day >= $4::timestamp::date
       AND day < coalesce($5::timestamp, 'infinity')::date
     UNION ALL
-    SELECT greatest(created_at, $2), tokens_used * CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint, CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint
+    SELECT greatest(created_at, $2),
+           tokens_used * CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint,
+           CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint
     FROM usage
     WHERE user_id = $1
       AND created_at >= least($2::timestamp, $4)
       AND created_at < greatest($2::timestamp, coalesce($4, 'infinity'))
     UNION ALL
-    SELECT greatest(created_at, $2), tokens_used * CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint, CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint
+    SELECT greatest(created_at, $2),
+           tokens_used * CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint,
+           CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint
     FROM usage
     WHERE user_id = $1
       AND created_at >= least($3::timestamp, $5)
@@ -165,13 +169,17 @@ WITH calls AS (
       AND day >= $4::timestamp::date
       AND day < coalesce($5::timestamp, 'infinity')::date
     UNION ALL
-    SELECT model, tokens_used * CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint, CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint
+    SELECT model,
+           tokens_used * CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint,
+           CASE WHEN $4 < $2::timestamp THEN -1 ELSE 1 END::bigint
     FROM usage
     WHERE user_id = $1
       AND created_at >= least($2::timestamp, $4)
       AND created_at < greatest($2::timestamp, coalesce($4, 'infinity'))
     UNION ALL
-    SELECT model, tokens_used * CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint, CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint
+    SELECT model,
+           tokens_used * CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint,
+           CASE WHEN $3::timestamp < $5 THEN -1 ELSE 1 END::bigint
     FROM usage
     WHERE user_id = $1
       AND created_at >= least($3::timestamp, $5)
