@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
-import anyio.lowlevel
 
 from kitrocket.engine import Engine
 
@@ -31,7 +30,8 @@ async def until_someone_waits(engine: Engine) -> None:
     while not await engine.fetchval(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     ):
-        await anyio.lowlevel.checkpoint()
+        # A transaction keeps to the connections that it saw first, and the one that waits may be newer.
+        await engine.fetchval("SELECT pg_stat_clear_snapshot()")
 
 
 async def warm_up(engine: Engine) -> None:
