@@ -10,6 +10,14 @@ import sys
 
 import anyio
 
+# A run in the background has its children ignore Ctrl-C, which no terminal does.
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from kitrocket.cli import main
+main()
+"""
+
 
 class Terminal:
     """A command that believes it is on a terminal."""
@@ -17,7 +25,7 @@ class Terminal:
     def __init__(self, *arguments: str, url: str, **environment: str) -> None:
         self._screen, far = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from kitrocket.cli import main; main()", *arguments],
+            [sys.executable, "-c", COMMAND, *arguments],
             env=os.environ | {"DATABASE_URL": url, "TERM": "xterm", "COLUMNS": "120"} | environment,
             stdout=far,
             stderr=far,
