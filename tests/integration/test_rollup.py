@@ -649,6 +649,8 @@ class Writers:
         async with anyio.create_task_group() as group:
             for _ in range(count):
                 group.start_soon(self.write, pause)
+            while not self.calls:
+                await anyio.lowlevel.checkpoint()
             yield
             self.over = True
 
