@@ -143,13 +143,13 @@ async def test_each_table_opens(browser: Browser, engine: Engine, clock: ManualC
             await page.locator(f"a[href='#/{table}/']").click()
             await expect(page.get_by_role("heading", name=table.replace("_", " "), exact=True)).to_be_visible()
             if table in ("users", "accounts", "sessions", "subscriptions"):
+                # Piccolo Admin mixes up the order of two tables when one is asked for before the last has come.
+                await page.reload()
                 addresses = page.locator("table").get_by_text("@example.com")
                 await expect(addresses).to_have_count(len(PEOPLE))
                 await expect(addresses.first).to_have_text("ada.lovelace@example.com")
             for secret in ("the access token", "the refresh token", "the hash"):
                 await expect(page.get_by_text(secret)).to_have_count(0)
-            # Piccolo Admin mixes up the order of two tables when the next one is asked for before this one has come.
-            await page.wait_for_load_state("networkidle")
         await page.locator("a[href='#/subscriptions/']").click()
         await expect(page.locator("table").get_by_text("past_due")).to_be_visible()
         if picture := os.environ.get("KITROCKET_SCREENSHOT"):
@@ -236,7 +236,6 @@ async def test_who_is_on_call_finds_a_parked_webhook_and_repairs_it(
             await expect(parked.get_by_text(text, exact=True)).to_be_in_viewport()
         await expect(page.get_by_text(mail)).to_have_count(0)
 
-        await page.wait_for_load_state("networkidle")
         await page.locator("a[href='#/users/']").click()
         # The defaults come last, and take the place of what was typed.
         async with page.expect_response(lambda answer: answer.url.endswith("/users/new/")):
