@@ -23,6 +23,8 @@ def to_db(instant: datetime) -> datetime:
 
     Raises ``ValueError`` for a naive datetime: nobody can know which zone it means.
     """
+    if instant.tzinfo is UTC:
+        return instant.replace(tzinfo=None)
     if instant.tzinfo is None:
         raise ValueError("a naive datetime has no instant; pass a timezone-aware one")
     return instant.astimezone(UTC).replace(tzinfo=None)

@@ -12,7 +12,7 @@ import asyncio
 import importlib.util
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -354,6 +354,24 @@ class Engine(PostgresEngine):
             template, arguments = querystring.compile_string(engine_type=self.engine_type)
             results.append(await query._process_results(await self.fetch(template, *arguments, node=node)))
         return results[0] if len(results) == 1 else results
+
+    async def copy(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Add rows to a table with COPY, all of them or none; for many rows it takes less time than any INSERT.
+
+        Raises as :meth:`fetch`. PostgreSQL refuses it to a role that row-level security binds on the table.
+        """
+        try:
+            transaction = self.current_transaction.get()
+            connection = transaction.connection if transaction is not None else await self.acquire()
+            try:
+                await connection.copy_records_to_table(table, columns=columns, records=rows)
+            finally:
+                if transaction is None:
+                    with anyio.CancelScope(shield=True):
+                        await self.give_back(connection)
+        except Exception as error:
+            raise_ours(error)
+            raise
 
     async def retry(
         self,

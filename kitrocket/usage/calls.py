@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import asyncpg
 from pydantic import BaseModel
@@ -39,7 +39,7 @@ class Call(NamedTuple):
     at: datetime
     is_given: bool
     is_late: bool
-    prefix: str
+    prefix: str = ""
     settles: bool = False
 
     def is_recorded_as(self, row: asyncpg.Record) -> bool:
@@ -54,70 +54,61 @@ class Call(NamedTuple):
 
 
 def checked(
-    prefix: str,
-    *,
-    now: datetime,
-    user_id: object,
-    tokens: object,
-    model: object,
-    id: object = None,
-    at: object = None,
-    labels: set[str] | None = None,
+    *, now: datetime, user_id: object, tokens: object, model: object, id: object = None, at: object = None
 ) -> Call:
-    """Check a call's values; ``prefix`` stands before their names in an error.
-
-    ``labels`` are texts that were found good as users and models before; those of this call are added.
-    """
-    labels = set() if labels is None else labels
-    when = now if at is None else instant(f"{prefix}at", at)
-    if when > now + FUTURE_LIMIT:
-        raise InvalidInputError(f"{prefix}at", "it is in the future", "a time at most 5 minutes ahead of the clock")
-    for name, value in (("user_id", user_id), ("model", model)):
-        if not isinstance(value, str) or value not in labels:
-            labels.add(label(f"{prefix}{name}", value))
+    """Check a call's values."""
+    when, is_late = now, False
+    if at is not None:
+        when = instant("at", at)
+        if when > now + FUTURE_LIMIT:
+            raise InvalidInputError("at", "it is in the future", "a time at most 5 minutes ahead of the clock")
+        is_late = when < now - LATE_AFTER
     return Call(
-        id=new_usage_id(now) if id is None else label(f"{prefix}id", id),
-        user_id=cast("str", user_id),
-        tokens=whole_number(f"{prefix}tokens", tokens),
-        model=cast("str", model),
-        at=when,
-        is_given=id is not None,
-        is_late=when < now - LATE_AFTER,
-        prefix=prefix,
+        new_usage_id(now) if id is None else label("id", id),
+        label("user_id", user_id),
+        whole_number("tokens", tokens),
+        label("model", model),
+        when,
+        id is not None,
+        is_late,
     )
 
 
 def read_all(entries: Iterable[object], now: datetime) -> Iterator[Call]:
     """Read the entries of ``record_many``: an error's field names the entry."""
-    labels: set[str] = set()
     for number, entry in enumerate(entries):
-        # Names are made only for an error, and what many entries share is checked once: there may be 50,000.
+        # Names are made only for an error: there may be 50,000 entries.
         try:
-            call = _read(entry, now, labels)
+            call = _read(entry, now)
         except InvalidInputError as error:
             field = ".".join(filter(None, (f"entries[{number}]", error.field)))
             raise InvalidInputError(field, error.problem, error.expected) from None
         yield call._replace(prefix=f"entries[{number}].") if call.is_late else call
 
 
-def _read(entry: object, now: datetime, labels: set[str]) -> Call:
-    values = dict(entry) if isinstance(entry, BaseModel | Mapping) else None
-    if values is None:
+def _read(entry: object, now: datetime) -> Call:
+    if isinstance(entry, dict):
+        values = entry
+    elif isinstance(entry, BaseModel | Mapping):
+        values = dict(entry)
+    else:
         raise InvalidInputError("", f"it is a {type(entry).__name__}", "a UsageEntry or a mapping with record's names")
     if not values.keys() <= _NAMES:
         raise InvalidInputError("", "it has a name that record does not know", ", ".join(sorted(_NAMES)))
     for name in _REQUIRED:
         if name not in values:
             raise InvalidInputError(name, "it is missing", "a value")
-    return checked("", now=now, labels=labels, **values)
+    return checked(now=now, **values)
 
 
-def columns(calls: Sequence[Call]) -> tuple[list[str], list[str], list[int], list[str], list[datetime]]:
-    """Return the arguments of the statement that inserts them."""
-    return (
-        [call.id for call in calls],
-        [call.user_id for call in calls],
-        [call.tokens for call in calls],
-        [call.model for call in calls],
-        [to_db(call.at) for call in calls],
-    )
+#: The columns of the table, in the order of :func:`rows_of`.
+COLUMNS = ("id", "user_id", "tokens_used", "model", "created_at")
+
+
+def rows_of(calls: Iterable[Call]) -> Iterator[tuple[str, str, int, str, datetime]]:
+    """Yield calls as rows of the table."""
+    at = stored = None
+    for call in calls:
+        if stored is None or call.at is not at:  # calls of one list are mostly of one time, and converting it is dear
+            at, stored = call.at, to_db(call.at)
+        yield (call.id, call.user_id, call.tokens, call.model, stored)

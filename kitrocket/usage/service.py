@@ -137,7 +137,7 @@ class UsageService:
         Raises :class:`UsageConflictError` when the id is recorded with another user, model or number of tokens,
         :class:`UserNotFoundError`, and :class:`RecorderClosedError` after the kit was left.
         """
-        call = checked("", now=self._now(), user_id=user_id, tokens=tokens, model=model, id=id, at=at)
+        call = checked(now=self._now(), user_id=user_id, tokens=tokens, model=model, id=id, at=at)
         there = await self._record(call)
         return UsageRecord(
             id=call.id,

@@ -70,7 +70,7 @@ class Settler:
     @staticmethod
     def call(id: str, user_id: str, model: str, used: int, now: datetime) -> Call:
         """Return a reserved call as it is to be written."""
-        return Call(id, user_id, used, model, now, is_given=True, is_late=False, prefix="", settles=True)
+        return Call(id, user_id, used, model, now, is_given=True, is_late=False, settles=True)
 
     async def settle_call(self, call: Call, *, reserved: int, watch: Watch | None) -> SettledUsage:
         """Record a reserved call; where its reservation had expired and became a row, add the rest."""

@@ -11,10 +11,12 @@ from kitrocket.clock import to_db
 from kitrocket.engine import Engine
 from kitrocket.errors import DatabaseError, InvalidInputError, UsageConflictError
 from kitrocket.sql import statements
-from kitrocket.usage.calls import Call, columns
+from kitrocket.usage.calls import COLUMNS, Call, rows_of
 
 #: How many rows one statement inserts; a longer list takes several, in one transaction.
 _BATCH = 50_000
+#: From how many rows on COPY is tried first: below, what it saves is less than what a repetition loses by it.
+_COPY_FROM = 500
 #: How often a batch is tried whose ids are taken but whose rows are gone before they can be read.
 _ROUNDS = 5
 
@@ -46,8 +48,11 @@ class Writer:
         """
 
         async def unit() -> dict[str, asyncpg.Record]:
-            if len(calls) == 1 and not self._engine.in_transaction() and not self._is_more_than_an_insert(calls):
-                return await self._insert_or_refuse(calls)
+            if not self._engine.in_transaction() and not self._is_more_than_an_insert(calls):
+                if len(calls) == 1:
+                    return await self._insert_or_refuse(calls)
+                if await self._copy(calls):
+                    return {}
             there: dict[str, asyncpg.Record] = {}
             async with self._engine.transaction():
                 await self._refuse_pruned(calls)
@@ -101,6 +106,19 @@ class Writer:
                 raise UsageConflictError(call.id)
         return there
 
+    async def _copy(self, calls: Sequence[Call]) -> bool:
+        """Insert all calls by COPY, and return whether that was possible: else nothing is written.
+
+        A list whose ids are known is found out at its first row, since ids ascend.
+        """
+        if not _COPY_FROM <= len(calls) <= _BATCH or self._engine.pooler:
+            return False
+        try:
+            await self._engine.copy("usage", COLUMNS, rows_of(calls))
+        except (asyncpg.UniqueViolationError, asyncpg.FeatureNotSupportedError):
+            return False
+        return True
+
     async def insert(self, source: Source, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
         """Insert what is new, in one statement, and return by id the rows that were there already.
 
@@ -109,11 +127,9 @@ class Writer:
         there: dict[str, asyncpg.Record] = {}
         for _ in range(_ROUNDS):
             if len(calls) == 1:
-                [call] = calls
-                values = (call.id, call.user_id, call.tokens, call.model, to_db(call.at))
-                rows = await source.fetch(_SQL["insert_one"], *values)
+                rows = await source.fetch(_SQL["insert_one"], *next(rows_of(calls)))
             else:
-                rows = await source.fetch(_SQL["insert"], *columns(calls))
+                rows = await source.fetch(_SQL["insert"], *zip(*rows_of(calls), strict=True))
             new = {row["id"] for row in rows}
             taken = [call for call in calls if call.id not in new]
             if not taken:
