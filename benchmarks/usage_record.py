@@ -128,9 +128,10 @@ class Bench:
             turn = number % len(contenders)
             for name, one, share in contenders[turn:] + contenders[:turn]:
                 each = max((CALLS if callers > 1 else 512) // callers // share, 1)
+                rows = [new_rows(each) for _ in range(callers)]
 
-                async def many(caller: int, one: Recording = one, each: int = each) -> None:
-                    for row in new_rows(each):
+                async def many(caller: int, one: Recording = one, rows: list[list[Row]] = rows) -> None:
+                    for row in rows[caller]:
                         await one(caller, row)
 
                 took = await timed(lambda many=many: asyncio.gather(*map(many, range(callers))))  # type: ignore[misc]  # bound at once
