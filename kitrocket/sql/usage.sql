@@ -23,6 +23,18 @@ ORDER BY id COLLATE "C"
 ON CONFLICT DO NOTHING
 RETURNING id;
 
+-- name: insert_new
+-- Record a batch of calls whose ids were made for it: all of them, or none where an id is there already.
+-- $1 ids, ascending, $2 user ids, $3 tokens, $4 models, $5 instants: arrays of one length.
+INSERT INTO usage (id, user_id, tokens_used, model, created_at)
+SELECT unnest($1::text[]), unnest($2::text[]), unnest($3::integer[]), unnest($4::text[]), unnest($5::timestamp[]);
+
+-- name: insert_new_one
+-- The same for a batch of one, for less than the statement for many costs.
+-- $1 id, $2 user id, $3 tokens, $4 model, $5 instant.
+INSERT INTO usage (id, user_id, tokens_used, model, created_at)
+VALUES ($1, $2, $3, $4, $5);
+
 -- name: insert_one
 -- Record a batch of one, for less than the statement for many costs.
 -- $1 id, $2 user id, $3 tokens, $4 model, $5 instant.

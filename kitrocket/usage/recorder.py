@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from typing import Any, TypeAlias
@@ -29,6 +29,8 @@ from kitrocket.usage.writing import Writer
 _FLUSHERS = 2
 #: The most rows that one statement writes.
 _BATCH = 500
+#: The smallest batch whose callers are answered in two halves: two statements cost more than one.
+_SPLIT_FROM = 24
 #: How long leaving waits for what is in the queue, in seconds.
 _DRAIN_LIMIT = 5.0
 
@@ -204,11 +206,13 @@ class Recorder:
         """Write what is still wanted. Of calls with one id the second one meets the row of the first."""
         while taken:
             batch: dict[str, _Waiting] = {}
-            wanted = [waiting for waiting in taken if not waiting.answer.done()]
-            again = [waiting for waiting in wanted if batch.setdefault(waiting.call.id, waiting) is not waiting]
+            taken = [
+                waiting
+                for waiting in taken
+                if not waiting.answer.done() and batch.setdefault(waiting.call.id, waiting) is not waiting
+            ]
             if batch:
                 await self._write(lane, [batch[id] for id in sorted(batch)])
-            taken = again
 
     async def _write(self, lane: HeldConnection, batch: Sequence[_Waiting]) -> None:
         """Write a batch; where a row in it cannot be stored, halve it until that row is alone with its error."""
@@ -226,7 +230,22 @@ class Recorder:
             for waiting in batch:
                 waiting.fail(error)
         else:
-            for waiting in batch:
+            await self._answer(batch, there)
+
+    async def _answer(self, batch: Sequence[_Waiting], there: Mapping[str, asyncpg.Record]) -> None:
+        """Answer everyone, in two halves if the other flusher has nothing to do.
+
+        What the first half records next is then written while the second is answered: without that a crowd that
+        records again and again keeps Python and PostgreSQL waiting for each other.
+        """
+        first = len(batch) // 2 if self._idle and len(batch) >= _SPLIT_FROM else 0
+        try:
+            for waiting in batch[:first]:
+                waiting.settle(there.get(waiting.call.id))
+            if first:
+                await asyncio.sleep(0)
+        finally:
+            for waiting in batch[first:]:
                 waiting.settle(there.get(waiting.call.id))
 
     async def _store(self, lane: HeldConnection, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import asyncpg
@@ -68,16 +69,21 @@ class Writer:
 
         Raises :class:`InvalidInputError` when a call lies in a day whose single rows were pruned.
         """
-        if not self._is_more_than_an_insert(calls):
-            return await self.insert(lane, calls)
-        async with self._engine.transaction():
-            await self._refuse_pruned(calls)
-            there = await self.insert(self._engine, calls)
-            await self._forget_reservations(calls)
-            return there
+        if self._is_more_than_an_insert(calls):
+            async with self._engine.transaction():
+                await self._refuse_pruned(calls)
+                there = await self.insert(self._engine, calls)
+                await self._forget_reservations(calls)
+                return there
+        if not any(call.is_given for call in calls):
+            # Nobody can know these ids, unless the answer to an earlier attempt was lost.
+            with suppress(asyncpg.UniqueViolationError):
+                await _insert(lane, calls, "insert_new_one", "insert_new")
+                return {}
+        return await self.insert(lane, calls)
 
     def _is_more_than_an_insert(self, calls: Sequence[Call]) -> bool:
-        return any(call.settles for call in calls) or self._may_be_pruned(calls)
+        return any(call.settles or (call.is_late and self._rollup) for call in calls)
 
     async def _forget_reservations(self, calls: Sequence[Call]) -> None:
         """Delete the reservations of calls, after their rows: a user who is being deleted is waited for there."""
@@ -126,10 +132,7 @@ class Writer:
         """
         there: dict[str, asyncpg.Record] = {}
         for _ in range(_ROUNDS):
-            if len(calls) == 1:
-                rows = await source.fetch(_SQL["insert_one"], *next(rows_of(calls)))
-            else:
-                rows = await source.fetch(_SQL["insert"], *zip(*rows_of(calls), strict=True))
+            rows = await _insert(source, calls, "insert_one", "insert")
             new = {row["id"] for row in rows}
             taken = [call for call in calls if call.id not in new]
             if not taken:
@@ -140,3 +143,10 @@ class Writer:
             if not calls:
                 return there
         raise DatabaseError("usage rows can be neither inserted nor read; may this role see every row of the table?")
+
+
+async def _insert(source: Source, calls: Sequence[Call], one: str, many: str) -> list[asyncpg.Record]:
+    """Run the statement for one call or that for many."""
+    if len(calls) == 1:
+        return await source.fetch(_SQL[one], *next(rows_of(calls)))
+    return await source.fetch(_SQL[many], *zip(*rows_of(calls), strict=True))

@@ -69,15 +69,15 @@ async def until_waiting(engine: Engine, count: int) -> None:
 
 
 def counting(kit: KitRocket, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The list to which each statement of the kit's writer adds how many rows it had."""
+    """The list to which each batch of the kit's writer adds how many rows it had."""
     sizes: list[int] = []
-    insert = kit.usage._writer.insert
+    flush = kit.usage._writer.flush
 
-    async def counted(source: Any, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
+    async def counted(lane: Any, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
         sizes.append(len(calls))
-        return await insert(source, calls)
+        return await flush(lane, calls)
 
-    monkeypatch.setattr(kit.usage._writer, "insert", counted)
+    monkeypatch.setattr(kit.usage._writer, "flush", counted)
     return sizes
 
 
@@ -110,6 +110,28 @@ async def test_callers_share_commits_and_each_gets_its_own_answer(
         if isinstance(answer, UsageRecord)
     ] == [(f"id-{number}", users[number % 5], number, False) for number in range(300)]
     assert len(await ids(engine)) == 300
+
+
+async def test_half_of_a_crowd_records_again_while_the_other_half_is_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user_id = await make_user(engine)
+    async with running(engine) as kit:
+        events: list[str] = []
+        flush = kit.usage._writer.flush
+
+        async def told(lane: Any, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
+            events.append(f"{len(calls)} written")
+            return await flush(lane, calls)
+
+        async def twice() -> None:
+            await kit.usage.record(user_id, tokens=1, model="m")
+            events.append("answered")
+            await kit.usage.record(user_id, tokens=1, model="m")
+
+        monkeypatch.setattr(kit.usage._writer, "flush", told)
+        await together([twice] * 64)
+    assert events == ["64 written", *["answered"] * 32, "32 written", *["answered"] * 32, "32 written"]
 
 
 async def test_an_answer_comes_after_the_commit(engine: Engine, server: Server) -> None:
@@ -293,6 +315,31 @@ async def test_lost_connections_lose_nothing_and_count_nothing_twice(engine: Eng
                 await anyio.sleep(0.01)
     assert len(answers) == 16 * 60
     assert Counter(await ids(engine)) == Counter(f"{number}-{index}" for number in range(16) for index in range(30))
+
+
+@pytest.mark.parametrize("count", [1, 20])
+async def test_a_batch_whose_answer_was_lost_counts_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    user_id = await make_user(engine)
+    lost: list[int] = []
+    async with running(engine) as kit:
+        flush = kit.usage._writer.flush
+
+        async def lose(lane: Any, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
+            there = await flush(lane, calls)
+            if len(lost) < 3:
+                lost.append(len(calls))
+                raise DatabaseUnavailableError("the connection was lost") from ConnectionResetError()
+            return there
+
+        monkeypatch.setattr(kit.usage._writer, "flush", lose)
+        records = await together([call(kit, user_id)] * count)
+        assert not any(record.duplicate for record in records if isinstance(record, UsageRecord))
+        assert sorted(record.id for record in records if isinstance(record, UsageRecord)) == await ids(engine)
+    assert len(lost) == 3
+    assert len(await ids(engine)) == count
+    assert (await kit.usage.verify()).drift == 0
 
 
 async def test_leaving_writes_what_waits_and_refuses_what_comes(engine: Engine, server: Server) -> None:
