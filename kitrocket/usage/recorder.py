@@ -155,8 +155,11 @@ class Recorder:
         lane = self._engine.hold()
         try:
             while True:
-                taken = await self._take()
-                await self._flush(lane, taken)
+                left = taken = await self._take()
+                while left:
+                    batch, left = _distinct(left)
+                    if batch:
+                        await self._write(lane, batch)
                 await self._live.announce(lane, (waiting.call.user_id for waiting in taken))
         finally:
             await lane.aclose()
@@ -202,60 +205,75 @@ class Recorder:
         if self._queue:
             self._wake()
 
-    async def _flush(self, lane: HeldConnection, taken: Sequence[_Waiting]) -> None:
-        """Write what is still wanted. Of calls with one id the second one meets the row of the first."""
-        while taken:
-            batch: dict[str, _Waiting] = {}
-            taken = [
-                waiting
-                for waiting in taken
-                if not waiting.answer.done() and batch.setdefault(waiting.call.id, waiting) is not waiting
-            ]
-            if batch:
-                await self._write(lane, [batch[id] for id in sorted(batch)])
-
     async def _write(self, lane: HeldConnection, batch: Sequence[_Waiting]) -> None:
-        """Write a batch; where a row in it cannot be stored, halve it until that row is alone with its error."""
+        """Write a batch and answer everyone in it."""
         for waiting in batch:
             waiting.in_flight = True
         calls = [waiting.call for waiting in batch]
+        # As few steps as can be: a lone caller waits for each of them.
         try:
-            there = await self._store(lane, calls)
+            there = await self._writer.flush(lane, calls)
         except Exception as error:  # noqa: BLE001 - it is raised in each caller
-            if len(batch) > 1 and _is_poison(error):
-                middle = (len(batch) + 1) // 2
-                await self._write(lane, batch[:middle])
-                await self._write(lane, batch[middle:])
-                return
-            for waiting in batch:
-                waiting.fail(error)
+            await self._write_again(lane, batch, error)
         else:
-            await self._answer(batch, there)
+            if len(batch) >= _SPLIT_FROM and self._idle:
+                await self._answer_in_halves(batch, there)
+            else:
+                _answer(batch, there)
 
-    async def _answer(self, batch: Sequence[_Waiting], there: Mapping[str, asyncpg.Record]) -> None:
-        """Answer everyone, in two halves if the other flusher has nothing to do.
+    async def _write_again(self, lane: HeldConnection, batch: Sequence[_Waiting], error: Exception) -> None:
+        """Write calls again when their outcome is unknown or they were rolled back for certain.
+
+        Where a row cannot be stored, the batch is halved until that row is alone with its error.
+        """
+        calls = [waiting.call for waiting in batch]
+        if fault_of(error) is not Fault.NEVER:
+            try:
+                there = await self._engine.retry(lambda: self._writer.flush(lane, calls), idempotent=True)
+            except Exception as another:  # noqa: BLE001 - as above
+                error = another
+            else:
+                _answer(batch, there)
+                return
+        if len(batch) > 1 and _is_poison(error):
+            middle = (len(batch) + 1) // 2
+            await self._write(lane, batch[:middle])
+            await self._write(lane, batch[middle:])
+            return
+        for waiting in batch:
+            waiting.fail(error)
+
+    async def _answer_in_halves(self, batch: Sequence[_Waiting], there: Mapping[str, asyncpg.Record]) -> None:
+        """Answer half of a crowd, and the others once those have run.
 
         What the first half records next is then written while the second is answered: without that a crowd that
         records again and again keeps Python and PostgreSQL waiting for each other.
         """
-        first = len(batch) // 2 if self._idle and len(batch) >= _SPLIT_FROM else 0
+        middle = len(batch) // 2
         try:
-            for waiting in batch[:first]:
-                waiting.settle(there.get(waiting.call.id))
-            if first:
-                await asyncio.sleep(0)
+            _answer(batch[:middle], there)
+            await asyncio.sleep(0)
         finally:
-            for waiting in batch[first:]:
-                waiting.settle(there.get(waiting.call.id))
+            _answer(batch[middle:], there)
 
-    async def _store(self, lane: HeldConnection, calls: Sequence[Call]) -> dict[str, asyncpg.Record]:
-        """Write calls, and write them again when their outcome is unknown or they were rolled back for certain."""
-        try:
-            return await self._writer.flush(lane, calls)
-        except Exception as error:
-            if fault_of(error) is Fault.NEVER:
-                raise
-        return await self._engine.retry(lambda: self._writer.flush(lane, calls), idempotent=True)
+
+def _answer(batch: Sequence[_Waiting], there: Mapping[str, asyncpg.Record]) -> None:
+    for waiting in batch:
+        waiting.settle(there.get(waiting.call.id))
+
+
+def _distinct(left: Sequence[_Waiting]) -> tuple[list[_Waiting], list[_Waiting]]:
+    """Part those who still wait into some whose ids differ, in their order, and those who come after them.
+
+    Of calls with one id the second one meets the row of the first.
+    """
+    batch: dict[str, _Waiting] = {}
+    rest = [
+        waiting
+        for waiting in left
+        if not waiting.answer.done() and batch.setdefault(waiting.call.id, waiting) is not waiting
+    ]
+    return [batch[id] for id in sorted(batch)], rest
 
 
 def _is_poison(error: BaseException) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
 import asyncpg
@@ -76,9 +75,11 @@ class Writer:
                 await self._forget_reservations(calls)
                 return there
         if not any(call.is_given for call in calls):
-            # Nobody can know these ids, unless the answer to an earlier attempt was lost.
-            with suppress(asyncpg.UniqueViolationError):
+            try:
                 await _insert(lane, calls, "insert_new_one", "insert_new")
+            except asyncpg.UniqueViolationError:
+                pass  # nobody can know these ids, but the answer to an earlier attempt was lost
+            else:
                 return {}
         return await self.insert(lane, calls)
 
@@ -145,8 +146,8 @@ class Writer:
         raise DatabaseError("usage rows can be neither inserted nor read; may this role see every row of the table?")
 
 
-async def _insert(source: Source, calls: Sequence[Call], one: str, many: str) -> list[asyncpg.Record]:
+def _insert(source: Source, calls: Sequence[Call], one: str, many: str) -> Awaitable[list[asyncpg.Record]]:
     """Run the statement for one call or that for many."""
     if len(calls) == 1:
-        return await source.fetch(_SQL[one], *next(rows_of(calls)))
-    return await source.fetch(_SQL[many], *zip(*rows_of(calls), strict=True))
+        return source.fetch(_SQL[one], *next(rows_of(calls)))
+    return source.fetch(_SQL[many], *zip(*rows_of(calls), strict=True))
