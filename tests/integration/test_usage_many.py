@@ -71,6 +71,20 @@ async def known_in_an_open_transaction(engine: Engine, *, tokens: int = KNOWN) -
         end.set()
 
 
+@asynccontextmanager
+async def waiting_for_the_known_call(usage: UsageService, engine: Engine) -> AsyncIterator[list[RecordedUsage]]:
+    """Record the list until it waits for that call; what the list of answers gets then is said after the block."""
+    answers: list[RecordedUsage] = []
+
+    async def record() -> None:
+        answers.append(await usage.record_many(entries()))
+
+    async with anyio.create_task_group() as group, known_in_an_open_transaction(engine):
+        group.start_soon(record)
+        await until_someone_waits(engine)
+        yield answers
+
+
 async def test_a_long_list_is_recorded_and_summed(usage: UsageService, engine: Engine, clock: ManualClock) -> None:
     await make_user(engine, id="ada")
     some = entries()
@@ -129,14 +143,7 @@ async def test_nothing_is_written_beside_a_bad_call(usage: UsageService, engine:
 @pytest.mark.direct
 async def test_a_call_that_is_committed_meanwhile_is_seen(usage: UsageService, engine: Engine) -> None:
     await make_user(engine, id="ada")
-    answers: list[RecordedUsage] = []
-
-    async def record() -> None:
-        answers.append(await usage.record_many(entries()))
-
-    async with anyio.create_task_group() as group, known_in_an_open_transaction(engine):
-        group.start_soon(record)
-        await until_someone_waits(engine)
+    async with waiting_for_the_known_call(usage, engine) as answers:
         waiting = "SELECT query FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         assert str(await engine.fetchval(waiting)).startswith("COPY")
     assert answers == [RecordedUsage(inserted=COUNT - 1, duplicates=1)]
@@ -164,14 +171,7 @@ async def test_cancelled_in_the_middle_it_leaves_nothing_and_its_connection_work
 @pytest.mark.direct
 async def test_a_lost_connection_is_made_up_for(usage: UsageService, engine: Engine) -> None:
     await make_user(engine, id="ada")
-    answers: list[RecordedUsage] = []
-
-    async def record() -> None:
-        answers.append(await usage.record_many(entries()))
-
-    async with anyio.create_task_group() as group, known_in_an_open_transaction(engine):
-        group.start_soon(record)
-        await until_someone_waits(engine)
+    async with waiting_for_the_known_call(usage, engine) as answers:
         await engine.fetch(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND wait_event_type = 'Lock'"
