@@ -361,14 +361,8 @@ class Engine(PostgresEngine):
         Raises as :meth:`fetch`. PostgreSQL refuses it to a role that row-level security binds on the table.
         """
         try:
-            transaction = self.current_transaction.get()
-            connection = transaction.connection if transaction is not None else await self.acquire()
-            try:
+            async with self._connection() as connection:
                 await connection.copy_records_to_table(table, columns=columns, records=rows)
-            finally:
-                if transaction is None:
-                    with anyio.CancelScope(shield=True):
-                        await self.give_back(connection)
         except Exception as error:
             raise_ours(error)
             raise
@@ -423,17 +417,25 @@ class Engine(PostgresEngine):
         query_id = self.get_query_id()
         if self.log_queries:
             self.print_query(query_id=query_id, query=sql)
-        transaction = self.current_transaction.get()
-        connection = transaction.connection if transaction is not None else await self.acquire()
-        try:
+        async with self._connection() as connection:
             response = await connection.fetch(sql, *arguments)
-        finally:
-            if transaction is None:
-                with anyio.CancelScope(shield=True):
-                    await self.give_back(connection)
         if self.log_responses:
             self.print_response(query_id=query_id, response=response)
         return response
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Any]:
+        """The connection of the current transaction, else one of the pool until the block is left."""
+        transaction = self.current_transaction.get()
+        if transaction is not None:
+            yield transaction.connection
+            return
+        connection = await self.acquire()
+        try:
+            yield connection
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.give_back(connection)
 
     def _node(self, name: str) -> Engine:
         replica = self.extra_nodes.get(name)

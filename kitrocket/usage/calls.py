@@ -107,8 +107,5 @@ COLUMNS = ("id", "user_id", "tokens_used", "model", "created_at")
 
 def rows_of(calls: Iterable[Call]) -> Iterator[tuple[str, str, int, str, datetime]]:
     """Yield calls as rows of the table."""
-    at = stored = None
     for call in calls:
-        if stored is None or call.at is not at:  # calls of one list are mostly of one time, and converting it is dear
-            at, stored = call.at, to_db(call.at)
-        yield (call.id, call.user_id, call.tokens, call.model, stored)
+        yield (call.id, call.user_id, call.tokens, call.model, to_db(call.at))

@@ -134,6 +134,22 @@ async def test_half_of_a_crowd_records_again_while_the_other_half_is_answered(
     assert events == ["64 written", *["answered"] * 32, "32 written", *["answered"] * 32, "32 written"]
 
 
+async def test_a_loop_that_closes_between_the_halves_leaves_nobody_in_doubt(engine: Engine) -> None:
+    user_id = await make_user(engine)
+    async with running(engine) as kit:
+
+        async def one() -> UsageRecord:
+            record = await kit.usage.record(user_id, tokens=1, model="m")
+            for task in asyncio.all_tasks():  # what a closing loop does to them
+                if task.get_name().endswith("Recorder._flush_all"):
+                    task.cancel()
+            return record
+
+        answers = await together([one] * 64)
+    assert [answer for answer in answers if not isinstance(answer, UsageRecord)] == []
+    assert len(await ids(engine)) == 64
+
+
 async def test_an_answer_comes_after_the_commit(engine: Engine, server: Server) -> None:
     user_id = await make_user(engine)
     database = await engine.fetchval("SELECT current_database()")

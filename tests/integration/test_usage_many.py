@@ -54,13 +54,13 @@ async def is_exact(usage: UsageService) -> bool:
 
 
 @asynccontextmanager
-async def known_in_an_open_transaction(engine: Engine, *, tokens: int = KNOWN) -> AsyncIterator[None]:
+async def known_in_an_open_transaction(engine: Engine) -> AsyncIterator[None]:
     """Let somebody else have recorded the call in the middle of the list, and commit it at the end."""
     open_, end = anyio.Event(), anyio.Event()
 
     async def other() -> None:
         async with engine.transaction():
-            await make_usage(engine, "ada", id=f"{KNOWN:05}", tokens=tokens, model="m0")
+            await make_usage(engine, "ada", id=f"{KNOWN:05}", tokens=KNOWN, model="m0")
             open_.set()
             await end.wait()
 
@@ -137,6 +137,17 @@ async def test_nothing_is_written_beside_a_bad_call(usage: UsageService, engine:
     with pytest.raises(InvalidInputError) as caught:
         await usage.record_many([*entries(), entry(COUNT, tokens=-1)])
     assert caught.value.field == f"entries[{COUNT}].tokens"
+    assert await recorded(engine) == []
+
+
+async def test_nothing_is_written_beside_a_call_of_a_pruned_day(
+    usage: UsageService, engine: Engine, clock: ManualClock
+) -> None:
+    await make_user(engine, id="ada")
+    await usage.prune(clock.now - timedelta(days=40))
+    with pytest.raises(InvalidInputError) as caught:
+        await usage.record_many([*entries(), entry(COUNT, at=clock.now - timedelta(days=50))])
+    assert caught.value.field == f"entries[{COUNT}].at"
     assert await recorded(engine) == []
 
 
